@@ -1,0 +1,26 @@
+"""Where a kernel's files are: the runtime directory and the names in it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+BOOTSTRAP = "bootstrap.sock"
+CONTROL = "control.sock"
+EVENTS = "events.sock"
+LOCK = "kernel.lock"
+AUDIT = "audit.jsonl"
+LOGS = "log"
+KERNEL_LOG = "kernel.log"
+
+
+def runtime_dir(given: str | os.PathLike[str] | None = None) -> Path:
+    """The runtime directory: the one given, `SNAP_RUNTIME_DIR`, `/run/snap-kernel` for root, a folder of
+    `XDG_RUNTIME_DIR`, or a private folder of the temporary directory, in this order."""
+    chosen = given or os.environ.get("SNAP_RUNTIME_DIR")
+    if chosen:
+        return Path(chosen).absolute()
+    if os.geteuid() == 0:
+        return Path("/run/snap-kernel")
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "snap-kernel" if base else Path(f"/tmp/snap-kernel-{os.geteuid()}")

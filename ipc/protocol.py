@@ -1,0 +1,377 @@
+"""What the kernel, modules, applications and operators say to each other: the one place that defines messages.
+
+Three conversations, all msgpack by msgspec, a tagged union each way:
+
+* *bootstrap* (SEQPACKET Unix socket `bootstrap.sock`): an application and the kernel; carries descriptors.
+* *link* (SEQPACKET socketpair, inherited): a module and the kernel; the same requests, plus the kernel's orders.
+* *control* (ZeroMQ ROUTER `control.sock`, PUB `events.sock`): operators and the kernel; no descriptors.
+
+A message is one datagram of at most `MAX_MESSAGE` bytes; descriptors ride with the datagram that names them in
+the order that its class states. Everything received is hostile until decoded: decoding errors are
+`ProtocolError` at the receiver, who answers with `Failure` where it still can.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Generic, TypeVar
+
+import msgspec
+
+from snap.dataplane.errors import ProtocolError, SnapError, from_code
+
+PROTOCOL_VERSION: Final = 1
+MAX_MESSAGE: Final = 64 * 1024
+MAX_FDS: Final = 16
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag=True, forbid_unknown_fields=True):
+    """Base of bootstrap and link messages. `seq` pairs an answer with its request; 0 is unsolicited."""
+
+    seq: int = 0
+
+
+# -- requests of a principal (application or module) to the kernel ------------------------------------------
+
+
+class Hello(Message):
+    """First message of an application: who it says it is is only a label, identity is SO_PEERCRED."""
+
+    version: int
+    name: str = ""
+
+
+class Lookup(Message):
+    """Ask for a handle on a service. Policy decides the rights; answered by `Found` or `Failure`."""
+
+    service: str
+
+
+class Open(Message):
+    """Open a channel to the service behind `handle`; `wait` seconds for the service to be ready.
+
+    Sizes are wishes: 0 means the default. `slots` is a power of two. Answered by `Opened` with descriptors.
+    """
+
+    handle: int
+    slots: int = 0
+    up_bytes: int = 0
+    down_bytes: int = 0
+    wait: float = 0.0
+
+
+class Mapped(Message):
+    """The opener has mapped (and sealed) its side of `channel`; the kernel may now hand the rest to the provider.
+    Answered by `Ready` when the provider has attached it."""
+
+    channel: int
+
+
+class CloseChannel(Message):
+    channel: int
+
+
+class ListCaps(Message):
+    """Own handles, answered by `Caps`."""
+
+
+class Attenuate(Message):
+    """Derive a new handle with `rights` (a subset, else DeniedError), optionally expiring after `expires` seconds."""
+
+    handle: int
+    rights: list[str]
+    expires: float | None = None
+
+
+class Copy(Message):
+    """A second handle with the same rights (needs the right `copy`)."""
+
+    handle: int
+
+
+class Delegate(Message):
+    """Give `to` (a principal id) a copy (needs `delegate`) or, with `move`, the handle itself (needs `move`)."""
+
+    handle: int
+    to: str
+    rights: list[str] | None = None
+    move: bool = False
+
+
+class Revoke(Message):
+    """Revoke everything derived from `handle`, and the handle itself when `itself`."""
+
+    handle: int
+    itself: bool = True
+
+
+# -- answers ------------------------------------------------------------------------------------------------
+
+
+class Welcome(Message):
+    principal: str
+    kernel_pid: int
+    version: int = PROTOCOL_VERSION
+
+
+class Found(Message):
+    handle: int
+    rights: list[str]
+    ready: bool
+
+
+class Opened(Message):
+    """Descriptors, in order: ring, up, down, server bell, client bell. `seal_up`: map `up` writable, then seal it."""
+
+    channel: int
+    generation: int
+    slots: int
+    up_bytes: int
+    down_bytes: int
+    rights: list[str]
+    backend: str
+    seal_up: bool = False
+
+
+class Ready(Message):
+    channel: int
+
+
+class Caps(Message):
+    caps: list["CapView"]
+
+
+class Done(Message):
+    """Success; `handle` where the request made one."""
+
+    handle: int | None = None
+
+
+class Failure(Message):
+    code: str
+    message: str
+    hint: str = ""
+
+    def error(self) -> SnapError:
+        return from_code(self.code, self.message, self.hint)
+
+
+# -- kernel to module (link) --------------------------------------------------------------------------------
+
+
+class Configure(Message):
+    """First order to a fresh module process. `manifest` is the parsed module.toml. fds: gate, stats."""
+
+    name: str
+    generation: int
+    manifest: dict[str, Any]
+    path: str
+
+
+class Attach(Message):
+    """A client's channel to serve with `engine`. fds: ring, up, down, server bell, client bell.
+    `badge` names the caller and comes from the kernel alone. Answered by `Attached` or `Failure`."""
+
+    channel: int
+    generation: int
+    service: str
+    engine: str
+    badge: str
+    rights: list[str]
+    slots: int
+    up_bytes: int
+    down_bytes: int
+    gate_index: int
+
+
+class Detach(Message):
+    """Unmap `channel`: it was revoked, closed, or its client is gone."""
+
+    channel: int
+    reason: str = ""
+
+
+class Stop(Message):
+    """Finish within `grace` seconds, then exit 0."""
+
+    grace: float = 5.0
+
+
+# -- module to kernel (link) --------------------------------------------------------------------------------
+
+
+class Started(Message):
+    """The process runs and has read `Configure`; nothing of the module is imported yet."""
+
+    pid: int
+
+
+class Serving(Message):
+    """Imported, engines polling: the module is ready."""
+
+    engines: list[str]
+
+
+class Attached(Message):
+    channel: int
+
+
+class Dropped(Message):
+    """An engine dropped a channel, with the reason (a fault of the client, in general)."""
+
+    channel: int
+    reason: str
+
+
+class Broken(Message):
+    """The module cannot go on; `stage` is import, start, or run. The process exits after it."""
+
+    stage: str
+    error: str
+    traceback: str = ""
+
+
+# -- control (ZeroMQ) ---------------------------------------------------------------------------------------
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`key` makes a mutating request idempotent: the same key gets the first answer again. `timeout` in seconds."""
+
+    key: str
+    op: str
+    args: dict[str, Any] = {}
+    timeout: float = 10.0
+
+
+class Response(msgspec.Struct, frozen=True, kw_only=True):
+    key: str
+    ok: bool
+    result: Any = None
+    code: str = ""
+    message: str = ""
+    hint: str = ""
+
+
+class EventView(msgspec.Struct, frozen=True, kw_only=True):
+    """`seq` counts from 1 without gaps per kernel; `time` is Unix seconds; `kind` is dotted, e.g. `module.ready`."""
+
+    seq: int
+    time: float
+    kind: str
+    subject: str
+    data: dict[str, Any] = {}
+
+
+class EngineView(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    polls: int = 0
+    work: int = 0
+    busy_ns: int = 0
+    heartbeat_age_ns: int = -1
+    channels: int = 0
+
+
+class ModuleView(msgspec.Struct, frozen=True, kw_only=True):
+    """`state`: stopped, starting, ready, stopping, backoff, failed (crash loop or permanent). Times in Unix seconds.
+    `cause` says in words why it is in that state; `faults`, `restarts` and `generation` are counted apart."""
+
+    name: str
+    version: str
+    state: str
+    cause: str
+    pid: int | None
+    generation: int
+    restarts: int
+    faults: int
+    since: float
+    path: str
+    provides: list[str]
+    requires: list[str]
+    engines: list[EngineView] = []
+    log_tail: list[str] = []
+    sandbox: list[dict[str, str]] = []
+    memory_bytes: int | None = None
+
+
+class CapView(msgspec.Struct, frozen=True, kw_only=True):
+    """`id` is global and only for inspection; `handle` is the number in the owner's own table."""
+
+    id: int
+    handle: int
+    object: str
+    rights: list[str]
+    badge: str
+    owner: str
+    parent: int | None
+    expires: float | None
+    rule: str
+
+
+class ChannelView(msgspec.Struct, frozen=True, kw_only=True):
+    id: int
+    service: str
+    module: str
+    client: str
+    state: str
+    generation: int
+    cap: int
+    slots: int
+    up_bytes: int
+    down_bytes: int
+    depth_up: int
+    depth_down: int
+    since: float
+    read_only: str
+
+
+class KernelView(msgspec.Struct, frozen=True, kw_only=True):
+    pid: int
+    version: str
+    runtime_dir: str
+    started: float
+    uid: int
+    policy: str
+    modules: list[ModuleView]
+    channels: int
+    principals: int
+    capabilities: int
+    events: dict[str, int]
+
+
+FromPrincipal = (
+    Hello | Lookup | Open | Mapped | CloseChannel | ListCaps | Attenuate | Copy | Delegate | Revoke
+)
+FromModule = (
+    Lookup | Open | Mapped | CloseChannel | ListCaps | Attenuate | Copy | Delegate | Revoke
+    | Started | Serving | Attached | Dropped | Broken | Failure
+)
+ToPrincipal = Welcome | Found | Opened | Ready | Caps | Done | Failure
+ToModule = Configure | Attach | Detach | Stop | Found | Opened | Ready | Caps | Done | Failure
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """Encode any message of this file. Raises ProtocolError when it is larger than `MAX_MESSAGE`."""
+    data = _encoder.encode(message)
+    if len(data) > MAX_MESSAGE:
+        raise ProtocolError(f"{type(message).__name__} of {len(data)} bytes exceeds {MAX_MESSAGE}")
+    return data
+
+
+T = TypeVar("T")
+
+
+class Decoder(Generic[T]):
+    """Decodes one direction of a conversation; `kinds` is one of the unions above or a single struct type."""
+
+    def __init__(self, kinds: Any) -> None:
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kinds)
+
+    def decode(self, data: bytes) -> T:
+        """Raises ProtocolError, naming what is wrong."""
+        if len(data) > MAX_MESSAGE:
+            raise ProtocolError(f"message of {len(data)} bytes exceeds {MAX_MESSAGE}")
+        try:
+            return self._decoder.decode(data)
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+            raise ProtocolError(f"message cannot be decoded: {error}") from error
