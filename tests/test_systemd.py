@@ -1,0 +1,247 @@
+"""The systemd units, and the kernel's half of the protocols behind them, over real sockets."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from snap.dataplane.errors import ResourceError
+from snap.ipc import paths
+from snap.kernel import sdnotify
+
+UNITS = Path(__file__).resolve().parent.parent / "systemd"
+VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+
+REPORT = """
+import os, sys
+from snap.dataplane.errors import ResourceError
+from snap.kernel import sdnotify
+try:
+    found = sdnotify.activated_sockets()
+except ResourceError as error:
+    sys.exit(f"refused: {error}")
+left = [name for name in os.environ if name.startswith("LISTEN_")]
+print({name: (s.getsockname(), s.get_inheritable()) for name, s in found.items()}, left)
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_service_manager(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A service manager's notification socket, at a path."""
+    with notification_socket(str(tmp_path / "notify"), monkeypatch) as sock:
+        yield sock
+
+
+def notification_socket(address: str, monkeypatch: pytest.MonkeyPatch) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.bind(f"\0{address[1:]}" if address[0] == "@" else address)
+    sock.settimeout(30)
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    return sock
+
+
+def seqpacket(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.bind(str(path))
+    sock.listen()
+    return sock
+
+
+def activate(
+    argv: list[str], sockets: list[socket.socket], names: str, count: int | None = None, **options: object
+) -> subprocess.Popen[str]:
+    """Start `argv` as a service manager would: descriptors from 3 on, LISTEN_PID its own pid."""
+    fds = " ".join(str(sock.fileno()) for sock in sockets)
+    count = len(sockets) if count is None else count
+    # The high copies keep an already low source from being overwritten by an earlier redirection.
+    script = (
+        f'n=60; for fd in {fds}; do eval "exec $n<&$fd"; n=$((n+1)); done; '
+        f'n=60; to=3; for fd in {fds}; do eval "exec $to<&$n $n<&-"; n=$((n+1)); to=$((to+1)); done; '
+        f'export LISTEN_PID=$$ LISTEN_FDS={count} LISTEN_FDNAMES={names}; exec "$@"'
+    )
+    return subprocess.Popen(
+        ["bash", "-c", script, "activate", *argv],
+        pass_fds=[sock.fileno() for sock in sockets],
+        text=True,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def report(sockets: list[socket.socket], names: str, count: int | None = None) -> tuple[int, str, str]:
+    child = activate(
+        [sys.executable, "-c", REPORT], sockets, names, count, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    out, err = child.communicate(timeout=60)
+    return child.returncode, out, err
+
+
+def test_units_pass_systemd_analyze_verify_once_the_daemon_is_installed(tmp_path: Path) -> None:
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("systemd-analyze is not installed")
+    for unit in UNITS.iterdir():
+        # verify insists that ExecStart exists; a development tree has it elsewhere.
+        text = unit.read_text().replace("/usr/bin/snap-kernel", sys.executable)
+        (tmp_path / unit.name).write_text(text)
+    names = sorted(unit.name for unit in UNITS.iterdir())
+    assert names == ["snap-kernel.service", "snap-kernel.socket"]
+    done = subprocess.run(
+        ["systemd-analyze", "verify", *names], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_units_name_the_files_that_the_program_uses() -> None:
+    service = (UNITS / "snap-kernel.service").read_text()
+    listener = (UNITS / "snap-kernel.socket").read_text()
+    assert f"ListenSequentialPacket=%t/snap-kernel/{paths.BOOTSTRAP}\n" in listener
+    assert "FileDescriptorName=bootstrap\n" in listener
+    assert re.search(
+        r"^ExecStart=/usr/bin/snap-kernel .*--runtime-dir %t/snap-kernel$", service, re.MULTILINE
+    )
+    assert "RuntimeDirectory=snap-kernel\n" in service
+
+
+def test_notify_without_a_service_manager_does_nothing() -> None:
+    assert sdnotify.notify("READY=1") is False
+
+
+def test_notify_sends_all_states_in_one_datagram(manager: socket.socket) -> None:
+    assert sdnotify.notify("READY=1", "STATUS=two modules ready")
+    assert manager.recv(4096) == b"READY=1\nSTATUS=two modules ready"
+
+
+def test_notify_reaches_an_abstract_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    with notification_socket(f"@snap-test-{os.getpid()}", monkeypatch) as sock:
+        assert sdnotify.notify("WATCHDOG=1")
+        assert sock.recv(4096) == b"WATCHDOG=1"
+
+
+@pytest.mark.parametrize("address", ["/nonexistent/notify", "@nobody-listens-here", "relative"])
+def test_notify_names_a_service_manager_that_cannot_be_reached(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    with pytest.raises(ResourceError, match=re.escape(address)):
+        sdnotify.notify("READY=1")
+
+
+def test_watchdog_interval_is_half_of_what_the_unit_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+    assert sdnotify.watchdog_interval() == 15.0
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+    assert sdnotify.watchdog_interval() == 15.0
+
+
+@pytest.mark.parametrize(
+    ("usec", "pid"), [(None, None), ("0", None), ("", None), ("soon", None), ("-5", None), ("30000000", "1")]
+)
+def test_no_watchdog_is_served_that_was_not_asked_of_this_process(
+    usec: str | None, pid: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("WATCHDOG_USEC", usec), ("WATCHDOG_PID", pid)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert sdnotify.watchdog_interval() is None
+
+
+def test_activated_sockets_are_found_by_name_and_not_inherited_further(tmp_path: Path) -> None:
+    with seqpacket(tmp_path / "a") as a, seqpacket(tmp_path / "b") as b:
+        code, out, err = report([a, b], "bootstrap:other")
+    expected = {"bootstrap": (str(tmp_path / "a"), False), "other": (str(tmp_path / "b"), False)}
+    assert (code, out, err) == (0, f"{expected} []\n", "")
+
+
+def test_sockets_meant_for_another_process_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LISTEN_PID", "1")
+    monkeypatch.setenv("LISTEN_FDS", "1")
+    assert sdnotify.activated_sockets() == {}
+    assert "LISTEN_FDS" not in os.environ
+
+
+def make_stream(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.bind(str(path))
+    sock.listen()
+    return sock
+
+
+def make_deaf(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.bind(str(path))
+    return sock
+
+
+@pytest.mark.parametrize("make", [make_stream, make_deaf])
+def test_a_socket_of_another_type_is_refused_by_name(
+    make: Callable[[Path], socket.socket], tmp_path: Path
+) -> None:
+    with make(tmp_path / "s") as sock:
+        code, out, err = report([sock], "bootstrap")
+    assert (code, out) == (1, "")
+    assert "'bootstrap' (descriptor 3) is not a listening SEQPACKET" in err
+    assert "ListenSequentialPacket=" in err
+
+
+def test_two_sockets_of_one_name_are_refused(tmp_path: Path) -> None:
+    with seqpacket(tmp_path / "a") as a, seqpacket(tmp_path / "b") as b:
+        code, _, err = report([a, b], "bootstrap:bootstrap")
+    assert code == 1
+    assert "two activated sockets are named 'bootstrap'" in err
+
+
+@pytest.mark.parametrize(
+    ("names", "complaint"), [("bootstrap:more", "Bad file descriptor"), ("bootstrap", "has 1 names")]
+)
+def test_a_count_beyond_what_was_passed_is_refused(names: str, complaint: str, tmp_path: Path) -> None:
+    with seqpacket(tmp_path / "a") as a:
+        code, _, err = report([a], names, count=2)
+    assert code == 1
+    assert complaint in err
+
+
+def test_kernel_reports_ready_serves_the_activated_socket_and_stops_on_sigterm(
+    tmp_path: Path, manager: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "200000")
+    bootstrap = tmp_path / paths.BOOTSTRAP
+    log = tmp_path / "out"
+    argv = [sys.executable, "-m", "snap.kernel", "--foreground", "--runtime-dir", str(tmp_path)]
+    with seqpacket(bootstrap) as listener, log.open("w") as out:
+        inode = bootstrap.stat().st_ino
+        child = activate(argv, [listener], "bootstrap", stdout=out, stderr=out)
+        try:
+            seen = ""
+            while "READY=1" not in seen:
+                seen += manager.recv(4096).decode() + "\n"
+            assert bootstrap.stat().st_ino == inode, "the kernel replaced the socket that it was given"
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+                client.connect(str(bootstrap))
+                client.send(b"not a message")
+                assert select.select([client], [], [], 30)[0], "nobody answers on the activated socket"
+            while "WATCHDOG=1" not in seen:
+                seen += manager.recv(4096).decode() + "\n"
+            child.send_signal(signal.SIGTERM)
+            while "STOPPING=1" not in seen:
+                seen += manager.recv(4096).decode() + "\n"
+            assert child.wait(timeout=30) == 0, log.read_text()
+        except TimeoutError:
+            pytest.fail(f"the kernel said only {seen!r}; its log:\n{log.read_text()}")
+        finally:
+            child.kill()
+            child.wait()
