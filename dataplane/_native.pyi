@@ -145,7 +145,9 @@ class Poller:
     """Waits for any of many server endpoints (epoll over their eventfds, armed-flag protocol)."""
 
     def __new__(cls) -> Self: ...
-    def add(self, endpoint: Endpoint) -> None: ...
+    def add(self, endpoint: Endpoint, room: bool = False) -> None:
+        """Wait for messages on `endpoint` (of either role), or, with `room`, for the peer to give back descriptors or
+        pool memory after a send that did not fit, whatever messages wait meanwhile. Adding again changes `room`."""
     def remove(self, endpoint: Endpoint) -> None: ...
     def wait(self, timeout: float | None = None, wait: int = ADAPTIVE) -> bool:
         """True when some endpoint may have work or changed state, or after `wake()`; False when the timeout passed."""
