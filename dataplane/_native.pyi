@@ -60,13 +60,13 @@ class Endpoint:
         self, records: Buffer, size: int, tag: int = 0, timeout: float | None = None, wait: int = ADAPTIVE
     ) -> int:
         """Send len(records)/size messages of `size` bytes each from one contiguous buffer. Returns how many."""
-    def recv_packed(
-        self, out: Buffer, size: int, timeout: float | None = None, wait: int = ADAPTIVE
-    ) -> int:
+    def recv_packed(self, out: Buffer, size: int, timeout: float | None = None, wait: int = ADAPTIVE) -> int:
         """Fill `out` with messages of exactly `size` bytes each; returns how many (0 when the timeout passed).
         A message of another size ends the burst, and raises MessageSizeError when it is the first."""
     def loan(self, size: int, timeout: float | None = None, wait: int = ADAPTIVE) -> Loan: ...
-    def send_loan(self, loan: Loan, tag: int = 0, timeout: float | None = None, wait: int = ADAPTIVE) -> None: ...
+    def send_loan(
+        self, loan: Loan, tag: int = 0, timeout: float | None = None, wait: int = ADAPTIVE
+    ) -> None: ...
     def receive(self, timeout: float | None = None, wait: int = ADAPTIVE) -> Payload:
         """Receive one message without copying it; release the payload (or leave its `with`) to give the memory back."""
     def arm_recv(self) -> bool:
@@ -171,7 +171,13 @@ class Worker:
     """A native thread that runs one Rust engine (`engine` names it, e.g. "echo")."""
 
     def __new__(
-        cls, name: str, engine: str, stats_fd: int = -1, stats_index: int = 0, budget: int = 64, wait: int = ADAPTIVE
+        cls,
+        name: str,
+        engine: str,
+        stats_fd: int = -1,
+        stats_index: int = 0,
+        budget: int = 64,
+        wait: int = ADAPTIVE,
     ) -> Self: ...
     def attach(self, channel: int, endpoint: Endpoint) -> None:
         """Move a server endpoint (consumed) into the engine through its mailbox."""
@@ -187,8 +193,10 @@ class Worker:
 def engines() -> list[str]: ...
 def install_sigbus_guard() -> None:
     """Turn a SIGBUS in a mapped segment (its other user shrank it) into a fault of that channel. Done at import."""
+
 def measure_line(cpu_a: int, cpu_b: int, rounds: int = 20000) -> float:
     """Median round trip of one cache line between two cores, in ns (the "near"/"far" of the machine)."""
+
 def measure_check(rounds: int = 1_000_000) -> float:
     """Mean cost of the capability check done per message, in ns."""
 

@@ -341,8 +341,21 @@ FromPrincipal = (
     Hello | Lookup | Open | Mapped | CloseChannel | ListCaps | Attenuate | Copy | Delegate | Revoke
 )
 FromModule = (
-    Lookup | Open | Mapped | CloseChannel | ListCaps | Attenuate | Copy | Delegate | Revoke
-    | Started | Serving | Attached | Dropped | Broken | Failure
+    Lookup
+    | Open
+    | Mapped
+    | CloseChannel
+    | ListCaps
+    | Attenuate
+    | Copy
+    | Delegate
+    | Revoke
+    | Started
+    | Serving
+    | Attached
+    | Dropped
+    | Broken
+    | Failure
 )
 ToPrincipal = Welcome | Found | Opened | Ready | Caps | Done | Failure
 ToModule = Configure | Attach | Detach | Stop | Found | Opened | Ready | Caps | Done | Failure

@@ -65,7 +65,9 @@ def recv(sock: socket.socket) -> tuple[bytes, list[int]]:
     descriptors), with everything that came with it closed; OSError as the socket does.
     """
     fd_bytes = MAX_FDS * array.array("i").itemsize
-    data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE + 1, socket.CMSG_LEN(fd_bytes), socket.MSG_CMSG_CLOEXEC)
+    data, ancillary, flags, _ = sock.recvmsg(
+        MAX_MESSAGE + 1, socket.CMSG_LEN(fd_bytes), socket.MSG_CMSG_CLOEXEC
+    )
     fds = array.array("i")
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
