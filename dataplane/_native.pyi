@@ -1,9 +1,9 @@
 """Typed face of the Rust crate: see `dataplane/src/`."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final, final
+from typing import Any, Final, Self, final
 
-from typing_extensions import Buffer, Self
+from typing_extensions import Buffer
 
 SPIN: Final = 0
 ADAPTIVE: Final = 1
@@ -17,7 +17,7 @@ INLINE_MAX: Final[int]
 LAYOUT_VERSION: Final[int]
 
 def ring_bytes(slots: int) -> int:
-    """Size in bytes of a channel's ring segment with `slots` descriptors (a power of two, 64 to 65536) per direction."""
+    """Bytes of a channel's ring segment with `slots` descriptors (a power of two, 64 to 65536) per direction."""
 
 class Endpoint:
     """One end of a channel. Sending and receiving may each be used by one thread at a time.
@@ -46,14 +46,14 @@ class Endpoint:
     def send(self, data: Buffer, tag: int = 0, timeout: float | None = None, wait: int = ADAPTIVE) -> None:
         """Send one message; waits for room up to `timeout` seconds (None: for ever, 0: FullError at once)."""
     def recv(self, timeout: float | None = None, wait: int = ADAPTIVE) -> bytes:
-        """Receive one message as bytes. Raises DeadlineError when none came (timeout 0: BlockingIOError never; DeadlineError)."""
+        """Receive one message as bytes. Raises DeadlineError when none came (at once with timeout 0)."""
     def recv_tagged(self, timeout: float | None = None, wait: int = ADAPTIVE) -> tuple[int, bytes]: ...
     def try_recv(self) -> bytes | None:
         """One message, or None when there is none now."""
     def send_many(
         self, messages: Sequence[bytes], tag: int = 0, timeout: float | None = None, wait: int = ADAPTIVE
     ) -> int:
-        """Send a burst, published at once. Returns how many were sent: all, unless the timeout passed (0: what fits)."""
+        """Send a burst, published at once. Returns how many went: all, unless the timeout passed (0: what fits)."""
     def recv_many(self, limit: int, timeout: float | None = None, wait: int = ADAPTIVE) -> list[bytes]:
         """Receive 1 to `limit` messages; an empty list when the timeout passed."""
     def send_packed(
@@ -128,7 +128,7 @@ class ChannelControl:
     @property
     def state(self) -> str: ...
     def depth(self) -> tuple[int, int]:
-        """Messages' descriptors waiting (to the server, to the client), as the indices claim; -1 when they are absurd."""
+        """Descriptors waiting (to the server, to the client), as the indices claim; -1 when they are absurd."""
     def close(self) -> None: ...
 
 class Gate:
@@ -162,7 +162,7 @@ class StatsPage:
     BYTES: Final[int]
     def __new__(cls, fd: int, writable: bool) -> Self: ...
     def read(self, index: int) -> dict[str, int]:
-        """polls, work, busy_ns, heartbeat_ns, channels, delay histogram (delay_0 .. delay_15); a torn record is retried."""
+        """polls, work, busy_ns, heartbeat_ns, channels, delay histogram (delay_0 .. delay_15); retries when torn."""
     def write(self, index: int, *, polls: int, work: int, busy_ns: int, channels: int) -> None:
         """Publish a record of a Python engine, stamping the heartbeat (CLOCK_MONOTONIC ns)."""
     def close(self) -> None: ...

@@ -137,7 +137,7 @@ class Ready(Message):
 
 
 class Caps(Message):
-    caps: list["CapView"]
+    caps: list[CapView]
 
 
 class Done(Message):
