@@ -12,6 +12,13 @@ BLOCK: Final = 2
 CLIENT: Final = 0
 SERVER: Final = 1
 
+RIGHT_SEND: Final = 1
+RIGHT_RECV: Final = 2
+
+GATE_LINES: Final[int]
+GATE_BYTES: Final[int]
+STATS_LINES: Final[int]
+STATS_BYTES: Final[int]
 DESCRIPTOR_BYTES: Final = 64
 INLINE_MAX: Final[int]
 LAYOUT_VERSION: Final[int]
@@ -25,6 +32,7 @@ class Endpoint:
     Descriptors are duplicated or mapped; the caller still owns (and closes) those it passes.
     `bells` are two eventfds: the first wakes the server, the second the client.
     `up_fd`/`down_fd` are the pools that the client and the server write payloads to; -1 where there is none.
+    `rights`: bit 0 the client may send, bit 1 it may receive; each end holds the other to it.
     `gate_fd`/`gate_index` (server only, else -1): the module's gate page and this channel's line in it.
     Raises FaultedError (wrong magic, version, geometry), ResourceError (mmap), ValueError (arguments).
     """
@@ -42,6 +50,7 @@ class Endpoint:
         generation: int,
         gate_fd: int = -1,
         gate_index: int = -1,
+        rights: int = 3,
     ) -> Self: ...
     def send(self, data: Buffer, tag: int = 0, timeout: float | None = None, wait: int = ADAPTIVE) -> None:
         """Send one message; waits for room up to `timeout` seconds (None: for ever, 0: FullError at once)."""
@@ -69,6 +78,8 @@ class Endpoint:
     ) -> None: ...
     def receive(self, timeout: float | None = None, wait: int = ADAPTIVE) -> Payload:
         """Receive one message without copying it; release the payload (or leave its `with`) to give the memory back."""
+    def room(self) -> int:
+        """Messages of any inline size that are sure to fit now (0 marks this end as waiting for room, see `Poller`)."""
     def arm_recv(self) -> bool:
         """Ask for the eventfd `recv_fd` to be rung by the next message. False: there is something now, do not wait."""
     def arm_send(self) -> bool:
@@ -90,7 +101,7 @@ class Endpoint:
         """Why the channel is faulted; empty otherwise."""
     @property
     def stats(self) -> dict[str, int]:
-        """sent, received, sent_bytes, received_bytes, waits, bells, loans_out, payloads_out."""
+        """sent, received, sent_bytes, received_bytes, bells (rung at the other end), loans_out (not back yet)."""
 
 @final
 class Loan(Buffer):
@@ -197,7 +208,6 @@ def install_sigbus_guard() -> None:
 def measure_line(cpu_a: int, cpu_b: int, rounds: int = 20000) -> float:
     """Median round trip of one cache line between two cores, in ns (the "near"/"far" of the machine)."""
 
-def measure_check(rounds: int = 1_000_000) -> float:
-    """Mean cost of the capability check done per message, in ns."""
+def measure_check(endpoint: Endpoint, rounds: int = 1_000_000) -> float:
+    """Mean cost of the checks done per message on this endpoint (gate, state, rights, descriptor), in ns."""
 
-_: Callable[..., Any]

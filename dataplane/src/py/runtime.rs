@@ -1,0 +1,219 @@
+//! Poller and Worker as Python sees them.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use super::endpoint::{borrow, Endpoint};
+use super::errors::{convert, raise};
+use super::waiting::mode;
+use crate::engine::{self, worker};
+use crate::poller::{self, Wait};
+use crate::stats::Page;
+
+/// How long the control side waits for an engine to look into its mailbox: engines never block, so a second is a hang.
+const MAILBOX_TIMEOUT: Duration = Duration::from_secs(1);
+
+#[pyclass(frozen, module = "snap.dataplane._native")]
+pub struct Poller {
+    poller: poller::Poller,
+    members: Mutex<Vec<Py<Endpoint>>>,
+    woken: std::sync::atomic::AtomicBool,
+    closed: std::sync::atomic::AtomicBool,
+}
+
+impl Poller {
+    fn members(&self) -> std::sync::MutexGuard<'_, Vec<Py<Endpoint>>> {
+        self.members.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Arm all; true when none of them needs a look now.
+    fn arm(&self, py: Python<'_>) -> PyResult<bool> {
+        let mut idle = true;
+        for member in self.members().iter() {
+            let endpoint = member.get();
+            let (mut tx, mut rx) = (endpoint.tx().enter(py)?, endpoint.rx().enter(py)?);
+            idle &= poller::arm(&mut tx, &mut rx);
+        }
+        Ok(idle)
+    }
+
+    fn disarm(&self, py: Python<'_>) -> PyResult<()> {
+        for member in self.members().iter() {
+            poller::disarm(&*member.get().rx().enter(py)?);
+        }
+        Ok(())
+    }
+
+    /// Whether something is there without arming: a message, or a changed state.
+    fn look(&self, py: Python<'_>) -> PyResult<bool> {
+        for member in self.members().iter() {
+            let endpoint = member.get();
+            if endpoint.tx().enter(py)?.stalled() {
+                continue;
+            }
+            let mut rx = endpoint.rx().enter(py)?;
+            if rx.check().is_err() || !matches!(rx.peek(), Ok(None)) {
+                return Ok(true);
+            }
+        }
+        Ok(self.woken.swap(false, std::sync::atomic::Ordering::AcqRel))
+    }
+}
+
+#[pymethods]
+impl Poller {
+    #[new]
+    fn new(py: Python<'_>) -> PyResult<Self> {
+        Ok(Poller {
+            poller: poller::Poller::new().map_err(|error| convert(py, error))?,
+            members: Mutex::default(),
+            woken: false.into(),
+            closed: false.into(),
+        })
+    }
+
+    fn add(&self, py: Python<'_>, endpoint: Bound<'_, Endpoint>) -> PyResult<()> {
+        self.poller.add(endpoint.get().core().own_bell()).map_err(|error| convert(py, error))?;
+        self.members().push(endpoint.unbind());
+        Ok(())
+    }
+
+    fn remove(&self, endpoint: &Bound<'_, Endpoint>) {
+        self.poller.remove(endpoint.get().core().own_bell());
+        let removed: Vec<_> = self.members().extract_if(.., |member| member.is(endpoint)).collect();
+        drop(removed);
+    }
+
+    #[pyo3(signature = (timeout=None, wait=1))]
+    fn wait(&self, py: Python<'_>, timeout: Option<f64>, wait: u8) -> PyResult<bool> {
+        let wait = mode(wait)?;
+        let since = Instant::now();
+        let limit = timeout
+            .map(|seconds| Duration::try_from_secs_f64(seconds.max(0.0)))
+            .transpose()
+            .map_err(|_| PyValueError::new_err("timeout must be seconds or None"))?;
+        loop {
+            if self.look(py)? {
+                return Ok(true);
+            }
+            let left = limit.map(|limit| limit.saturating_sub(since.elapsed()));
+            if left == Some(Duration::ZERO) {
+                return Ok(false);
+            }
+            if poller::spins(wait, since) {
+                // Others of this interpreter get their turn: the link to the kernel is one of them.
+                py.detach(|| (0..32).for_each(|_| std::hint::spin_loop()));
+            } else {
+                if self.arm(py)? && !self.woken.load(std::sync::atomic::Ordering::Acquire) {
+                    py.detach(|| self.poller.sleep(left));
+                }
+                self.disarm(py)?;
+                py.check_signals()?;
+                if wait == Wait::Adaptive || limit.is_none() {
+                    // One slice at a time: the caller's thread has housekeeping of its own.
+                    return self.look(py);
+                }
+            }
+        }
+    }
+
+    fn wake(&self) {
+        self.woken.store(true, std::sync::atomic::Ordering::Release);
+        self.poller.wake();
+    }
+
+    fn close(&self) {
+        self.closed.store(true, std::sync::atomic::Ordering::Release);
+        let members = std::mem::take(&mut *self.members());
+        for member in &members {
+            self.poller.remove(member.get().core().own_bell());
+        }
+        drop(members);
+    }
+}
+
+#[pyclass(frozen, module = "snap.dataplane._native")]
+pub struct Worker {
+    worker: Mutex<worker::Worker>,
+}
+
+impl Worker {
+    fn worker(&self) -> std::sync::MutexGuard<'_, worker::Worker> {
+        self.worker.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+#[pymethods]
+impl Worker {
+    #[new]
+    #[pyo3(signature = (name, engine, stats_fd=-1, stats_index=0, budget=64, wait=1))]
+    fn new(
+        py: Python<'_>,
+        name: String,
+        engine: &str,
+        stats_fd: i32,
+        stats_index: usize,
+        budget: usize,
+        wait: u8,
+    ) -> PyResult<Self> {
+        let Some(made) = engine::make(engine) else {
+            let text = format!("no native engine is called {engine:?}");
+            return Err(raise(py, "NotFoundError", &text, &format!("there are: {}", engine::NAMES.join(", "))));
+        };
+        if stats_index >= crate::stats::LINES || budget == 0 {
+            return Err(PyValueError::new_err("stats_index or budget out of range"));
+        }
+        let stats = if stats_fd < 0 {
+            None
+        } else {
+            Some((Page::new(borrow(stats_fd)?, true).map_err(|error| convert(py, error))?, stats_index))
+        };
+        let settings = worker::Settings { name, stats, budget, wait: mode(wait)? };
+        let worker = worker::Worker::start(made, settings).map_err(|error| convert(py, error))?;
+        Ok(Worker { worker: Mutex::new(worker) })
+    }
+
+    fn attach(&self, py: Python<'_>, channel: u64, endpoint: &Bound<'_, Endpoint>) -> PyResult<()> {
+        let endpoint = endpoint.get();
+        let channel = engine::Channel { id: channel, tx: endpoint.tx().take(py)?, rx: endpoint.rx().take(py)? };
+        match py.detach(|| self.worker().attach(channel, MAILBOX_TIMEOUT)) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(raise(py, "DeadlineError", "the engine did not look into its mailbox", "it hangs: restart it")),
+            Err(error) => Err(convert(py, error)),
+        }
+    }
+
+    fn detach(&self, py: Python<'_>, channel: u64) -> PyResult<()> {
+        if py.detach(|| self.worker().detach(channel, MAILBOX_TIMEOUT)) {
+            return Ok(());
+        }
+        Err(raise(py, "DeadlineError", "the engine did not look into its mailbox", "it hangs: restart it"))
+    }
+
+    fn take_faults(&self) -> Vec<(u64, String)> {
+        self.worker().take_faults()
+    }
+
+    fn fileno(&self) -> i32 {
+        self.worker().news().as_fd().as_raw_fd()
+    }
+
+    #[getter]
+    fn alive(&self) -> bool {
+        self.worker().alive()
+    }
+
+    #[pyo3(signature = (timeout=1.0))]
+    fn stop(&self, py: Python<'_>, timeout: f64) -> PyResult<()> {
+        let limit = Duration::try_from_secs_f64(timeout.max(0.0))
+            .map_err(|_| PyValueError::new_err("timeout must be seconds"))?;
+        if py.detach(|| self.worker().stop(limit)) {
+            return Ok(());
+        }
+        Err(raise(py, "DeadlineError", "the engine did not end its poll", "it hangs: end its process"))
+    }
+}

@@ -1,0 +1,232 @@
+//! Single-producer single-consumer ring of 64-byte slots, over memory that the other side may scribble on.
+//!
+//! Each side keeps its own index in private memory and only ever *writes* it to the shared one; the other side's
+//! index is copied once, checked against what is possible, and cached until it is used up. A burst is published by
+//! one store. A message takes one slot or, inline and longer than 48 bytes, the following ones too.
+//!
+//! Sleeping: the waiter arms a word, fences, looks again, and only then sleeps; the other side publishes, fences,
+//! and rings if the word is armed. One of the two always sees the other (Dekker), which loom checks below.
+
+use crate::error::Fault;
+use crate::layout::{self, Header, PoolRef, INLINE_FIRST, PREFIX, SLOT};
+use crate::sync::{fence, AtomicU32, AtomicU64, Ordering};
+
+/// An armed word's values: nobody waits, a thread waits by futex on the word itself, or an eventfd is to be written.
+pub const DISARMED: u32 = 0;
+pub const ARMED_FUTEX: u32 = 1;
+pub const ARMED_EVENT: u32 = 2;
+
+/// Memory of one direction of a channel.
+pub trait Memory {
+    /// Slots; a power of two.
+    fn capacity(&self) -> u64;
+    fn tail(&self) -> &AtomicU64;
+    fn head(&self) -> &AtomicU64;
+    /// Armed by the consumer that waits for messages.
+    fn data_armed(&self) -> &AtomicU32;
+    /// Armed by the producer that waits for room.
+    fn room_armed(&self) -> &AtomicU32;
+    /// The 16-byte prefix of a slot. Index is masked.
+    fn write_prefix(&self, index: u64, words: [u64; 2]);
+    fn read_prefix(&self, index: u64) -> [u64; 2];
+    /// Copy at a byte position of the ring, wrapping at its end. `bytes` is at most the ring's size.
+    fn write(&self, position: u64, bytes: &[u8]);
+    fn read(&self, position: u64, out: &mut [u8]);
+}
+
+/// Whoever must be woken after a publication: the value that its armed word had.
+#[must_use]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wake(pub u32);
+
+/// Take an armed word down if it is up. The caller has published just before.
+fn disarm(word: &AtomicU32) -> Wake {
+    fence(Ordering::SeqCst);
+    if word.load(Ordering::Relaxed) == DISARMED {
+        return Wake(DISARMED);
+    }
+    Wake(word.swap(DISARMED, Ordering::AcqRel))
+}
+
+/// Raise an armed word. The caller looks again before it sleeps.
+fn arm(word: &AtomicU32, how: u32) {
+    word.store(how, Ordering::Relaxed);
+    fence(Ordering::SeqCst);
+}
+
+pub struct Producer {
+    tail: u64,
+    published: u64,
+    head: u64,
+}
+
+impl Producer {
+    /// Take over a ring from its start.
+    pub fn new() -> Self {
+        Producer { tail: 0, published: 0, head: 0 }
+    }
+
+    /// Slots that can be written now; looks at the consumer's index only when the cached one leaves fewer than `want`.
+    #[inline]
+    pub fn room(&mut self, mem: &impl Memory, want: u64) -> Result<u64, Fault> {
+        let free = mem.capacity() - (self.tail - self.head);
+        if free >= want {
+            return Ok(free);
+        }
+        let head = mem.head().load(Ordering::Acquire);
+        // Between our old view and what we published: anything else was never a state of this ring.
+        if head.wrapping_sub(self.head) > self.published - self.head {
+            return Err(Fault::Index);
+        }
+        self.head = head;
+        Ok(mem.capacity() - (self.tail - head))
+    }
+
+    /// Write an inline message. The caller has made sure of `inline_slots(len)` slots of room.
+    #[inline]
+    pub fn put_inline(&mut self, mem: &impl Memory, tag: u64, bytes: &[u8]) {
+        mem.write_prefix(self.tail, layout::emit(bytes.len(), tag, false));
+        mem.write(self.tail * SLOT as u64 + PREFIX as u64, bytes);
+        self.tail += layout::inline_slots(bytes.len());
+    }
+
+    /// Write a message whose payload is in the pool. The caller has made sure of one slot of room.
+    #[inline]
+    pub fn put_pooled(&mut self, mem: &impl Memory, tag: u64, len: usize, place: PoolRef) {
+        mem.write_prefix(self.tail, layout::emit(len, tag, true));
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&place.offset.to_le_bytes());
+        bytes[8..].copy_from_slice(&place.token.to_le_bytes());
+        mem.write(self.tail * SLOT as u64 + PREFIX as u64, &bytes);
+        self.tail += 1;
+    }
+
+    /// Make everything that was put visible at once.
+    #[inline]
+    pub fn publish(&mut self, mem: &impl Memory) -> Wake {
+        if self.tail == self.published {
+            return Wake(DISARMED);
+        }
+        mem.tail().store(self.tail, Ordering::Release);
+        self.published = self.tail;
+        disarm(mem.data_armed())
+    }
+
+    /// Ask to be woken when the consumer makes room; false when there are `want` slots already.
+    pub fn arm(&mut self, mem: &impl Memory, want: u64, how: u32) -> Result<bool, Fault> {
+        arm(mem.room_armed(), how);
+        if self.room(mem, want)? < want {
+            return Ok(true);
+        }
+        mem.room_armed().store(DISARMED, Ordering::Relaxed);
+        Ok(false)
+    }
+}
+
+impl Default for Producer {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+pub struct Consumer {
+    head: u64,
+    released: u64,
+    tail: u64,
+}
+
+impl Consumer {
+    pub fn new() -> Self {
+        Consumer { head: 0, released: 0, tail: 0 }
+    }
+
+    /// Published slots not yet consumed; looks at the producer's index only when the cached one is used up.
+    #[inline]
+    pub fn available(&mut self, mem: &impl Memory) -> Result<u64, Fault> {
+        if self.tail != self.head {
+            return Ok(self.tail - self.head);
+        }
+        self.refresh(mem)
+    }
+
+    #[inline]
+    fn refresh(&mut self, mem: &impl Memory) -> Result<u64, Fault> {
+        let tail = mem.tail().load(Ordering::Acquire);
+        // Never backwards, and never more than fits after what we have given back.
+        if tail.wrapping_sub(self.released) > mem.capacity() || tail.wrapping_sub(self.released) < self.tail - self.released
+        {
+            return Err(Fault::Index);
+        }
+        self.tail = tail;
+        Ok(tail - self.head)
+    }
+
+    /// The next message's header, if there is a message.
+    #[inline]
+    pub fn peek(&mut self, mem: &impl Memory) -> Result<Option<Header>, Fault> {
+        let available = self.available(mem)?;
+        if available == 0 {
+            return Ok(None);
+        }
+        layout::parse(mem.read_prefix(self.head), available).map(Some)
+    }
+
+    /// Copy the payload of the inline message at the head; `out` has the header's length.
+    #[inline]
+    pub fn read_inline(&self, mem: &impl Memory, out: &mut [u8]) {
+        mem.read(self.head * SLOT as u64 + PREFIX as u64, out);
+    }
+
+    /// The pool reference of the message at the head: still the peer's claim.
+    #[inline]
+    pub fn read_pool_ref(&self, mem: &impl Memory) -> PoolRef {
+        const _: () = assert!(INLINE_FIRST >= 16);
+        let mut bytes = [0; 16];
+        mem.read(self.head * SLOT as u64 + PREFIX as u64, &mut bytes);
+        let word = |half: &[u8]| half.iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
+        PoolRef { offset: word(&bytes[..8]), token: word(&bytes[8..]) }
+    }
+
+    /// Step over the message at the head.
+    #[inline]
+    pub fn advance(&mut self, slots: u64) {
+        self.head += slots;
+    }
+
+    /// Give consumed slots back, but only when a quarter of the ring has come together: a store and a fence a message
+    /// would be on the way of every reply. Whoever finds the ring empty calls `release`.
+    #[inline]
+    pub fn release_some(&mut self, mem: &impl Memory) -> Wake {
+        if self.head - self.released < mem.capacity() / 4 {
+            return Wake(DISARMED);
+        }
+        self.release(mem)
+    }
+
+    /// Give all consumed slots back.
+    #[inline]
+    pub fn release(&mut self, mem: &impl Memory) -> Wake {
+        if self.head == self.released {
+            return Wake(DISARMED);
+        }
+        mem.head().store(self.head, Ordering::Release);
+        self.released = self.head;
+        disarm(mem.room_armed())
+    }
+
+    /// Ask to be woken by the next message; false when there is one already.
+    pub fn arm(&mut self, mem: &impl Memory, how: u32) -> Result<bool, Fault> {
+        arm(mem.data_armed(), how);
+        if self.available(mem)? == 0 {
+            return Ok(true);
+        }
+        mem.data_armed().store(DISARMED, Ordering::Relaxed);
+        Ok(false)
+    }
+}
+
+impl Default for Consumer {
+    fn default() -> Self {
+        Self::new()
+    }
+}
