@@ -107,7 +107,9 @@ def test_the_writer_refuses_a_name_outside_its_folder(name: bytes, tmp_path: Pat
         Assembler(tmp_path / "out").accept(frame(0, frames.FIRST, b"x", name))
 
 
-@pytest.mark.parametrize("data", [b"", b"\0" * (frames.HEADER.size - 1), frames.HEADER.pack(1, 0, 9) + b"short"])
+@pytest.mark.parametrize(
+    "data", [b"", b"\0" * (frames.HEADER.size - 1), frames.HEADER.pack(1, 0, 9) + b"short"]
+)
 def test_a_frame_that_no_sender_makes_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="frame"):
         frames.parse(memoryview(data))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -64,7 +65,12 @@ def seqpacket(path: Path) -> socket.socket:
 
 
 def activate(
-    argv: list[str], sockets: list[socket.socket], names: str, count: int | None = None, **options: object
+    argv: list[str],
+    sockets: list[socket.socket],
+    names: str,
+    out: IO[str] | int,
+    err: IO[str] | int,
+    count: int | None = None,
 ) -> subprocess.Popen[str]:
     """Start `argv` as a service manager would: descriptors from 3 on, LISTEN_PID its own pid."""
     fds = " ".join(str(sock.fileno()) for sock in sockets)
@@ -79,14 +85,14 @@ def activate(
         ["bash", "-c", script, "activate", *argv],
         pass_fds=[sock.fileno() for sock in sockets],
         text=True,
-        **options,  # type: ignore[call-overload]
+        stdout=out,
+        stderr=err,
     )
 
 
 def report(sockets: list[socket.socket], names: str, count: int | None = None) -> tuple[int, str, str]:
-    child = activate(
-        [sys.executable, "-c", REPORT], sockets, names, count, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    argv = [sys.executable, "-c", REPORT]
+    child = activate(argv, sockets, names, subprocess.PIPE, subprocess.PIPE, count)
     out, err = child.communicate(timeout=60)
     return child.returncode, out, err
 
@@ -224,7 +230,7 @@ def test_kernel_reports_ready_serves_the_activated_socket_and_stops_on_sigterm(
     argv = [sys.executable, "-m", "snap.kernel", "--foreground", "--runtime-dir", str(tmp_path)]
     with seqpacket(bootstrap) as listener, log.open("w") as out:
         inode = bootstrap.stat().st_ino
-        child = activate(argv, [listener], "bootstrap", stdout=out, stderr=out)
+        child = activate(argv, [listener], "bootstrap", out, out)
         try:
             seen = ""
             while "READY=1" not in seen:

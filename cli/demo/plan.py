@@ -65,29 +65,34 @@ def scan(root: Path, without: frozenset[bytes] = frozenset()) -> Plan:
 
 def open_file(plan: Plan, file: int) -> int:
     """A descriptor of file number `file`. Raises OSError."""
-    path = os.path.join(plan.root, plan.files[file])  # noqa: PTH118 - pathlib takes no bytes
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    return os.open(
+        plan.root + b"/" + plan.files[file], os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    )
+
+
+def shown(name: bytes) -> str:
+    """A name for people and JSON, whatever bytes it is made of."""
+    return name.decode("utf-8", "backslashreplace")
 
 
 def _walk(plan: Plan, folder: bytes, without: frozenset[bytes]) -> Iterator[tuple[bytes, int]]:
     def report(error: OSError) -> None:
-        plan.unreadable.append(f"{os.fsdecode(error.filename)}: {error.strerror}")
+        plan.unreadable.append(f"{shown(error.filename)}: {error.strerror}")
 
     for where, folders, names in os.walk(folder, onerror=report):
         entered = []
-        for name in sorted(folders):
-            path = os.path.join(where, name)  # noqa: PTH118
-            if os.path.islink(path):  # noqa: PTH114
-                yield path, stat.S_IFLNK
+        for name in sorted(folders + names):
+            path = where + b"/" + name
+            try:
+                mode = os.lstat(path).st_mode
+            except OSError as error:
+                report(error)
+                continue
+            if not stat.S_ISDIR(mode):
+                yield path, mode
             elif name not in without:
                 entered.append(name)
         folders[:] = entered
-        for name in sorted(names):
-            path = os.path.join(where, name)  # noqa: PTH118
-            try:
-                yield path, os.lstat(path).st_mode
-            except OSError as error:
-                report(error)
 
 
 def _add(plan: Plan, path: bytes) -> None:
@@ -97,7 +102,7 @@ def _add(plan: Plan, path: bytes) -> None:
         fd = open_file(plan, number)
     except OSError as error:
         plan.files.pop()
-        plan.unreadable.append(f"{os.fsdecode(path)}: {error.strerror}")
+        plan.unreadable.append(f"{shown(path)}: {error.strerror}")
         return
     try:
         size = os.fstat(fd).st_size

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import time
 from collections.abc import Callable
 
 from snap import ipc
 
 from . import frames
-from .plan import Plan, open_file
+from .plan import Plan, open_file, shown
 from .window import Window
 
+PAUSE_SECONDS = 0.001
 STEP_SECONDS = 0.1
 REOPEN_SECONDS = 30.0
 STALL_SECONDS = 60.0
@@ -20,6 +22,8 @@ STALL_SECONDS = 60.0
 
 class Sender:
     """Sends until the writer has acknowledged everything; `on_progress(acknowledged)` is called as it goes.
+
+    `on_wait` is called now and then while nothing moves, and may raise.
 
     `interrupt` is called once, when half is acknowledged; the last quarter waits until the channel was lost and
     opened again, so that the interruption always falls into the transfer however fast that is.
@@ -31,11 +35,13 @@ class Sender:
         plan: Plan,
         window: int,
         on_progress: Callable[[int], None],
+        on_wait: Callable[[], None],
         interrupt: Callable[[], None] | None = None,
     ) -> None:
         total = len(plan.chunks)
         self._plan = plan
         self._progress = on_progress
+        self._wait = on_wait
         self._interrupt = interrupt
         self._half = total // 2
         self._file = -1
@@ -46,7 +52,7 @@ class Sender:
         self.reopened = 0
 
     def run(self) -> None:
-        """Raises SnapError when the channel fails for good, OSError or ValueError when a file cannot be read or changed."""
+        """Raises SnapError when the channel fails for good, or a file changed; OSError when one cannot be read."""
         self._moved = time.monotonic()
         try:
             while not self.window.done:
@@ -75,13 +81,19 @@ class Sender:
     def _read_acknowledgements(self, timeout: float) -> None:
         news = False
         for message in self.channel.recv_many(64, timeout=timeout):
-            (expected,) = frames.ACK.unpack(message)
-            news |= self.window.acknowledge(expected)
+            try:
+                (expected,) = frames.ACK.unpack(message)
+                news |= self.window.acknowledge(expected)
+            except (struct.error, ValueError) as error:
+                raise ipc.ProtocolError(f"the writing process sent nonsense: {error}") from error
         now = time.monotonic()
         if news:
             self._moved = now
             self._progress(self.window.acknowledged)
-        elif now - self._moved > STALL_SECONDS:
+            return
+        if timeout:
+            self._wait()
+        if now - self._moved > STALL_SECONDS:
             raise ipc.DeadlineError(
                 f"nothing was acknowledged for {STALL_SECONDS:.0f} s, at chunk {self.window.acknowledged}",
                 "the log of the module says why: run with --keep",
@@ -96,7 +108,7 @@ class Sender:
                 loan = self.channel.loan(len(head) + chunk.size, timeout=STEP_SECONDS)
                 break
             except ipc.DeadlineError:  # the pool is full: what the writer has taken makes room
-                self._read_acknowledgements(0)
+                self._read_acknowledgements(PAUSE_SECONDS)
         with loan, loan.view as view:
             view[: len(head)] = head
             self._read(chunk.file, chunk.offset, view[len(head) :])
@@ -107,7 +119,7 @@ class Sender:
             try:
                 return self.channel.send_loan(loan, timeout=STEP_SECONDS)
             except ipc.DeadlineError:
-                self._read_acknowledgements(0)
+                self._read_acknowledgements(PAUSE_SECONDS)
 
     def _read(self, file: int, offset: int, into: memoryview) -> None:
         if not into:
@@ -118,7 +130,10 @@ class Sender:
             self._file = file
         with into:
             if os.preadv(self._fd, [into], offset) != len(into):
-                raise ValueError(f"{os.fsdecode(self._plan.files[file])} became shorter while it was sent")
+                name = shown(self._plan.files[file])
+                raise ipc.SnapError(
+                    f"{name} became shorter while it was sent", "send a tree that nobody writes to"
+                )
 
     def _close_file(self) -> None:
         if self._file >= 0:

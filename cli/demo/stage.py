@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +17,8 @@ from typing import Any
 
 from snap import ipc
 from snap.ipc import paths
+
+from ..commands._base import PYTHON
 
 START_SECONDS = 30.0
 STOP_SECONDS = 10.0
@@ -43,7 +44,7 @@ def kernel(runtime_dir: Path) -> Iterator[int]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices, log.open("ab") as out:
         notices.bind(os.fspath(ready))
         child = subprocess.Popen(
-            [sys.executable, "-m", "snap.kernel", "--foreground", "--runtime-dir", os.fspath(runtime_dir)],
+            [*PYTHON, "snap.kernel", "--foreground", "--runtime-dir", os.fspath(runtime_dir)],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
@@ -63,7 +64,9 @@ def _await_ready(child: subprocess.Popen[bytes], notices: socket.socket, log: Pa
             if "READY=1" in notices.recv(4096).decode().splitlines():
                 return
     tail = log.read_text(errors="replace").strip().splitlines()[-1:] or ["its log is empty"]
-    raise ipc.UnreachableError(f"the demo's kernel did not start: {tail[0]}", "`snapctl doctor` says what is missing")
+    raise ipc.UnreachableError(
+        f"the demo's kernel did not start: {tail[0]}", "`snapctl doctor` says what is missing"
+    )
 
 
 @contextlib.contextmanager
@@ -84,7 +87,7 @@ class Writer:
 
     def __init__(self, runtime_dir: Path, root: Path) -> None:
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "snap.cli.demo.writer", os.fspath(runtime_dir), os.fspath(root)],
+            [*PYTHON, "snap.cli.demo.writer", os.fspath(runtime_dir), os.fspath(root)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -99,17 +102,21 @@ class Writer:
             if self._child.poll() is None and exc[0] is not None:
                 self._child.kill()
 
-    @property
-    def pid(self) -> int:
-        return self._child.pid
-
-    @property
-    def alive(self) -> bool:
-        return self._child.poll() is None
+    def check(self) -> None:
+        """Raises SnapError when it has ended before its time."""
+        if self._child.poll() is not None:
+            self.finish()
+            raise ipc.SnapError("the writing process ended before everything was sent")
 
     def finish(self) -> dict[str, int]:
         """Let it end; what it saw. Raises SnapError with its last words when it failed."""
-        out, err = self._child.communicate(timeout=STOP_SECONDS)
+        try:
+            out, err = self._child.communicate(timeout=STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            raise ipc.DeadlineError(
+                "the writing process does not end", "is the disk that it writes to stuck?"
+            ) from None
         if self._child.returncode != 0:
             words = err.decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
             raise ipc.SnapError(f"the writing process failed: {words[0]}")

@@ -31,7 +31,10 @@ class Window:
         return number
 
     def acknowledge(self, expected: int) -> bool:
-        """The writer has everything below `expected`; True when that is news. Raises ValueError for what was never sent."""
+        """The writer has everything below `expected`; True when that is news.
+
+        Raises ValueError for what was never sent.
+        """
         if expected > self._sent:
             raise ValueError(f"acknowledgement of {expected}, but only {self._sent} chunks were sent")
         news = expected > self.acknowledged

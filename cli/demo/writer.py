@@ -23,10 +23,10 @@ REOPEN_SECONDS = 30.0
 
 
 class Assembler:
-    """Puts frames back together under `root`: in order, each number once. Raises ValueError for a name outside `root`."""
+    """Puts frames back together under `root`: in order, each number once."""
 
     def __init__(self, root: Path) -> None:
-        self._root = os.fsencode(root)
+        self._root = root
         self._file: BinaryIO | None = None
         self.expected = 0
         self.files = 0
@@ -34,7 +34,10 @@ class Assembler:
         self.duplicates = 0
 
     def accept(self, frame: Frame) -> bool:
-        """Write the frame if it is the one expected; one seen before is counted, one too early ignored."""
+        """Write the frame if it is the one expected; one seen before is counted, one too early ignored.
+
+        Raises ValueError for a name outside `root`.
+        """
         if frame.seq != self.expected:
             self.duplicates += frame.seq < self.expected
             return False
@@ -56,7 +59,7 @@ class Assembler:
     def _create(self, name: bytes) -> BinaryIO:
         if name.startswith(b"/") or b".." in name.split(b"/"):
             raise ValueError(f"name {name!r} leaves the folder that is written to")
-        path = Path(os.fsdecode(os.path.join(self._root, name)))  # noqa: PTH118 - bytes
+        path = self._root / os.fsdecode(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.open("xb")
 
