@@ -410,11 +410,19 @@ impl Tx {
     pub fn arm_stalled(&mut self, how: u32) -> Result<bool> {
         self.mem.room_armed().store(how, Ordering::SeqCst);
         std::sync::atomic::fence(Ordering::SeqCst);
+        let still = self.still_stalled()?;
+        if !still {
+            self.mem.room_armed().store(crate::ring::DISARMED, Ordering::Relaxed);
+        }
+        Ok(still)
+    }
+
+    /// Whether nothing came back since the stall. When something did, the stall is over.
+    pub fn still_stalled(&mut self) -> Result<bool> {
         let before = self.stalled.unwrap_or(0);
         let still = self.slots_free()? <= before && self.collect()? == 0;
         if !still {
             self.stalled = None;
-            self.mem.room_armed().store(crate::ring::DISARMED, Ordering::Relaxed);
         }
         Ok(still)
     }

@@ -64,8 +64,8 @@ impl Poller {
 
 /// Arm a channel for its doorbell: for messages or, when its last answer did not fit, for room. False when it need not
 /// be waited for, or has changed its state or faults (whoever polls it next will meet that).
-pub fn arm(tx: &mut Tx, rx: &mut Rx) -> bool {
-    let armed = if tx.stalled() { tx.arm_stalled(ARMED_EVENT) } else { rx.arm(ARMED_EVENT) };
+pub fn arm(tx: &mut Tx, rx: &mut Rx, room: bool) -> bool {
+    let armed = if room { tx.arm_stalled(ARMED_EVENT) } else { rx.arm(ARMED_EVENT) };
     matches!(armed, Ok(true)) && rx.check().is_ok()
 }
 

@@ -159,7 +159,11 @@ fn run(shared: &Shared, engine: Box<dyn Engine>, settings: &Settings) {
 fn idle(shared: &Shared, state: &mut State, settings: &Settings, meter: &mut Meter) {
     meter.publish(settings, &state.channels, Duration::ZERO);
     // Every one is armed, even after one that is not idle: disarming below is then the same for all.
-    let idle = state.channels.iter_mut().fold(true, |idle, channel| poller::arm(&mut channel.tx, &mut channel.rx) && idle);
+    let mut idle = true;
+    for channel in state.channels.iter_mut() {
+        let room = channel.tx.stalled();
+        idle &= poller::arm(&mut channel.tx, &mut channel.rx, room);
+    }
     if idle && !shared.mailbox.is_full() && !shared.stop.load(Ordering::Acquire) {
         shared.poller.sleep(None);
         meter.wake();

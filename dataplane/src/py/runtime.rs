@@ -1,6 +1,7 @@
 //! Poller and Worker as Python sees them.
 
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -20,13 +21,18 @@ const MAILBOX_TIMEOUT: Duration = Duration::from_secs(1);
 #[pyclass(frozen, module = "snap.dataplane._native")]
 pub struct Poller {
     poller: poller::Poller,
-    members: Mutex<Vec<Py<Endpoint>>>,
-    woken: std::sync::atomic::AtomicBool,
-    closed: std::sync::atomic::AtomicBool,
+    members: Mutex<Vec<Member>>,
+    woken: AtomicBool,
+}
+
+struct Member {
+    endpoint: Py<Endpoint>,
+    /// Waits for room to send, whatever there is to receive.
+    room: bool,
 }
 
 impl Poller {
-    fn members(&self) -> std::sync::MutexGuard<'_, Vec<Py<Endpoint>>> {
+    fn members(&self) -> std::sync::MutexGuard<'_, Vec<Member>> {
         self.members.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
@@ -34,16 +40,16 @@ impl Poller {
     fn arm(&self, py: Python<'_>) -> PyResult<bool> {
         let mut idle = true;
         for member in self.members().iter() {
-            let endpoint = member.get();
+            let endpoint = member.endpoint.get();
             let (mut tx, mut rx) = (endpoint.tx().enter(py)?, endpoint.rx().enter(py)?);
-            idle &= poller::arm(&mut tx, &mut rx);
+            idle &= poller::arm(&mut tx, &mut rx, member.room);
         }
         Ok(idle)
     }
 
     fn disarm(&self, py: Python<'_>) -> PyResult<()> {
         for member in self.members().iter() {
-            poller::disarm(&*member.get().rx().enter(py)?);
+            poller::disarm(&*member.endpoint.get().rx().enter(py)?);
         }
         Ok(())
     }
@@ -51,16 +57,18 @@ impl Poller {
     /// Whether something is there without arming: a message, or a changed state.
     fn look(&self, py: Python<'_>) -> PyResult<bool> {
         for member in self.members().iter() {
-            let endpoint = member.get();
-            if endpoint.tx().enter(py)?.stalled() {
-                continue;
-            }
+            let endpoint = member.endpoint.get();
             let mut rx = endpoint.rx().enter(py)?;
-            if rx.check().is_err() || !matches!(rx.peek(), Ok(None)) {
+            let something = if member.room {
+                !matches!(endpoint.tx().enter(py)?.still_stalled(), Ok(true))
+            } else {
+                !matches!(rx.peek(), Ok(None))
+            };
+            if something || rx.check().is_err() {
                 return Ok(true);
             }
         }
-        Ok(self.woken.swap(false, std::sync::atomic::Ordering::AcqRel))
+        Ok(self.woken.swap(false, Ordering::AcqRel))
     }
 }
 
@@ -72,19 +80,24 @@ impl Poller {
             poller: poller::Poller::new().map_err(|error| convert(py, error))?,
             members: Mutex::default(),
             woken: false.into(),
-            closed: false.into(),
         })
     }
 
-    fn add(&self, py: Python<'_>, endpoint: Bound<'_, Endpoint>) -> PyResult<()> {
+    #[pyo3(signature = (endpoint, room=false))]
+    fn add(&self, py: Python<'_>, endpoint: Bound<'_, Endpoint>, room: bool) -> PyResult<()> {
+        let mut members = self.members();
+        if let Some(member) = members.iter_mut().find(|member| member.endpoint.is(&endpoint)) {
+            member.room = room;
+            return Ok(());
+        }
         self.poller.add(endpoint.get().core().own_bell()).map_err(|error| convert(py, error))?;
-        self.members().push(endpoint.unbind());
+        members.push(Member { endpoint: endpoint.unbind(), room });
         Ok(())
     }
 
     fn remove(&self, endpoint: &Bound<'_, Endpoint>) {
         self.poller.remove(endpoint.get().core().own_bell());
-        let removed: Vec<_> = self.members().extract_if(.., |member| member.is(endpoint)).collect();
+        let removed: Vec<_> = self.members().extract_if(.., |member| member.endpoint.is(endpoint)).collect();
         drop(removed);
     }
 
@@ -108,7 +121,7 @@ impl Poller {
                 // Others of this interpreter get their turn: the link to the kernel is one of them.
                 py.detach(|| (0..32).for_each(|_| std::hint::spin_loop()));
             } else {
-                if self.arm(py)? && !self.woken.load(std::sync::atomic::Ordering::Acquire) {
+                if self.arm(py)? && !self.woken.load(Ordering::Acquire) {
                     py.detach(|| self.poller.sleep(left));
                 }
                 self.disarm(py)?;
@@ -122,15 +135,14 @@ impl Poller {
     }
 
     fn wake(&self) {
-        self.woken.store(true, std::sync::atomic::Ordering::Release);
+        self.woken.store(true, Ordering::Release);
         self.poller.wake();
     }
 
     fn close(&self) {
-        self.closed.store(true, std::sync::atomic::Ordering::Release);
         let members = std::mem::take(&mut *self.members());
         for member in &members {
-            self.poller.remove(member.get().core().own_bell());
+            self.poller.remove(member.endpoint.get().core().own_bell());
         }
         drop(members);
     }
