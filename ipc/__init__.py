@@ -1,0 +1,1 @@
+"""What both ends of a connection share, and what an application imports."""
