@@ -54,12 +54,14 @@ class ServerChannel(_native.Endpoint):
         With `answer`, this makes a slow client hold up only itself: what it does not read stays here, at most one
         burst, and what it goes on sending stays in its own ring.
         """
+        return self.recv_many(limit, timeout=0) if self.flush() else []
+
+    def flush(self) -> bool:
+        """Send what an `answer` left over. True when nothing is left, so that taking more messages is sound."""
         if self._backlog is not None:
             backlog, self._backlog = self._backlog, None
             self.answer(backlog)
-            if self._backlog is not None:
-                return []
-        return self.recv_many(limit, timeout=0)
+        return self._backlog is None
 
     def answer(self, messages: list[bytes]) -> None:
         """Send `messages`; those that do not fit now go out before the next `take` receives anything.

@@ -48,6 +48,8 @@ from .worker import PythonWorker, Runner
 LINK_FD: Final = "SNAP_LINK_FD"
 _STANDARD: Final = 3
 _KERNEL_GONE_GRACE: Final = 2.0
+_TRACEBACK: Final = 16_384
+"""Characters of a traceback that fit a message whatever they are; its end says most."""
 
 
 class Host:
@@ -75,7 +77,7 @@ class Host:
                     key.data()
         except UnreachableError:
             self._stop(_KERNEL_GONE_GRACE)
-        except ProtocolError as error:
+        except SnapError as error:
             print(f"module {self.order.name!r}: {type(error).__name__}: {error}", file=sys.stderr)
             self._stop(_KERNEL_GONE_GRACE, code=1)
 
@@ -97,7 +99,9 @@ class Host:
                 for index, (name, table) in enumerate(manifest.engines.items())
             }
         except BaseException as error:
-            broken = Broken(stage=stage, error=_in_a_line(error), traceback=traceback.format_exc()[-16384:])
+            broken = Broken(
+                stage=stage, error=_in_a_line(error), traceback=traceback.format_exc()[-_TRACEBACK:]
+            )
             self._post(lambda: self._break(broken))
         else:
             self._post(lambda: self._serve(module, workers))
@@ -134,13 +138,17 @@ class Host:
         self.link.send(Serving(engines=list(workers)))
 
     def _serve_news(self, name: str, worker: Runner) -> None:
-        for channel, reason in worker.take_faults():
+        faults = worker.take_faults()
+        for channel, reason in faults:
             if self._served.pop(channel, None) is not None:
                 self.link.send(Dropped(channel=channel, reason=reason))
         if not worker.alive:
-            crash = getattr(worker, "crash", "")
-            last = crash.strip().rpartition("\n")[2] or "it ended without saying why"
-            self._break(Broken(stage="run", error=f"engine {name}: {last}", traceback=crash[-16384:]))
+            # A Python engine leaves a traceback; a Rust engine's panic comes as the last fault, of no channel.
+            crash = (
+                worker.crash if isinstance(worker, PythonWorker) else faults[-1][1] if faults else "it ended"
+            )
+            last = crash.strip().rpartition("\n")[2]
+            self._break(Broken(stage="run", error=f"engine {name}: {last}", traceback=crash[-_TRACEBACK:]))
 
     def _serve_link(self) -> None:
         received = self.link.receive()
@@ -165,9 +173,10 @@ class Host:
             if worker is None:
                 raise NotFoundError(f"module {self.order.name!r} runs no engine {order.engine!r}")
             worker.attach(order.channel, server_channel(order, fds, self._gate_fd))
-        except (SnapError, ValueError) as error:
-            code = error.code if isinstance(error, SnapError) else UsageError.code
-            self.link.send(Failure(seq=order.seq, code=code, message=str(error)))
+        except SnapError as error:
+            self.link.send(Failure(seq=order.seq, code=error.code, message=error.message, hint=error.hint))
+        except ValueError as error:
+            self.link.send(Failure(seq=order.seq, code=UsageError.code, message=str(error)))
         else:
             self._served[order.channel] = order.engine
             self.link.send(Attached(seq=order.seq, channel=order.channel))

@@ -51,6 +51,8 @@ class ChannelPair:
 
     client: _native.Endpoint
     server: ServerChannel
+    descriptors: tuple[int, ...]
+    """As an `Attach` carries them: ring, up, down, server bell, client bell."""
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class ChannelPair:
             ring, up, down, gate = (self._keep(_memory(name, size)) for name, size in sizes.items())
             bells = (self._keep(_bell()), self._keep(_bell()))
             self._ring, self._ring_bytes = ring, sizes["ring"]
+            self.descriptors = (ring, up, down, *bells)
             self._control = _native.ChannelControl(ring, slots, bells)
             self._control.init(id, 1)
             self._gate = _native.Gate(gate)

@@ -22,6 +22,12 @@ from .engine import Engine, ServerChannel
 HEARTBEAT: Final = 1.0
 """Seconds between two heartbeats of an idle engine: its longest sleep."""
 
+_PATIENCE: Final = 8
+"""Wake-ups for nothing, one after the other, before the worker rests between them."""
+
+_SHORTEST_REST: Final = 50e-6
+_LONGEST_REST: Final = 5e-3
+
 _PUBLISH_NS: Final = 50_000_000
 """Nanoseconds between two records of a busy engine."""
 
@@ -133,7 +139,7 @@ class PythonWorker:
         self._stopping = False
         self._waiting_for_room: set[ServerChannel] = set()
         self._watched: set[_native.Endpoint] = set()
-        self._polls = self._work = self._busy_ns = self._published_ns = 0
+        self._polls = self._work = self._busy_ns = self._published_ns = self._fruitless = 0
         engine._mailbox.wake = self._poller.wake
         self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
         self._thread.start()
@@ -177,7 +183,9 @@ class PythonWorker:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                if self._turn() < self._turns.budget and not self._stopping:
+                done = self._turn()
+                self._fruitless = 0 if done else self._fruitless + 1
+                if done < self._turns.budget and not self._stopping:
                     self._sleep()
             self._turns.end()
         except BaseException:
@@ -218,8 +226,12 @@ class PythonWorker:
                 self._poller.add(channel, room=channel.stalled)
         if self._watched != set(self._engine.watched):
             self._follow_watched()
+        if self._fruitless > _PATIENCE:
+            # Messages wait that the engine does not take (yet): a bell would ring at once, again and again.
+            time.sleep(min(_SHORTEST_REST * 2 ** min(self._fruitless - _PATIENCE, 10), _LONGEST_REST))
         timer = self._engine.wake_after()
-        self._poller.wait(HEARTBEAT if timer is None else max(0.0, min(timer, HEARTBEAT)), self._wait)
+        if not self._poller.wait(HEARTBEAT if timer is None else max(0.0, min(timer, HEARTBEAT)), self._wait):
+            self._fruitless = 0
 
     def _follow_watched(self) -> None:
         wanted = set(self._engine.watched)
