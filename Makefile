@@ -29,9 +29,10 @@ test: test-rust test-python ## everything: Rust unit, property and loom tests, t
 test-python: $(VENV)/installed-test ## pytest alone (ARGS="-k ring -x")
 	$(BIN)/python -m pytest $(ARGS)
 
+# Without its default feature the crate is pure Rust, and its tests link to no Python.
 test-rust: $(VENV)/ready ## the crate's tests, then the rings under loom's model checker
-	cargo test --release --quiet $(CRATE)
-	RUSTFLAGS="--cfg loom" cargo test --release --quiet $(CRATE) --target-dir dataplane/target/loom --test 'loom_*'
+	cargo test --release --quiet $(CRATE) --no-default-features
+	RUSTFLAGS="--cfg loom" cargo test --release --quiet $(CRATE) --no-default-features --target-dir dataplane/target/loom --test 'loom_*'
 
 lint: $(VENV)/installed-lint ## ruff, mypy --strict, rustfmt, clippy
 	$(BIN)/ruff check .
