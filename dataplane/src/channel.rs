@@ -247,8 +247,13 @@ impl Core {
         }
     }
 
+    /// Own payloads that are out: lent or sent, and not yet given back by the peer.
     pub fn loans_out(&self) -> usize {
-        lock(&self.allocations).out()
+        let mut allocations = lock(&self.allocations);
+        let _ = allocations
+            .collect(&self.ring, self.slots, self.own_direction())
+            .map_err(|fault| self.fail(fault));
+        allocations.out()
     }
 
     /// Take a loan back unsent.
