@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from snap.cli.demo import frames
 from snap.cli.demo.plan import CHUNK_BYTES, Chunk, Plan, scan
+from snap.cli.demo.verify import differences
 from snap.cli.demo.window import Window
 from snap.cli.demo.writer import Assembler
 
@@ -173,3 +174,22 @@ def test_every_number_arrives_once_and_in_order_over_a_way_that_loses_everything
 
 def test_a_plan_of_nothing_still_ends(tmp_path: Path) -> None:
     assert scan(tmp_path).chunks == [Chunk(-1, 0, 0, frames.END)]
+
+
+def test_verification_names_what_differs_is_missing_or_was_never_sent(tree: Path, tmp_path: Path) -> None:
+    plan = scan(tree)
+    written = tmp_path / "out"
+    assembler = Assembler(written)
+    for number in range(len(plan.chunks)):
+        assembler.accept(carry(plan, number))
+    compared: list[int] = []
+    assert differences(plan, written, compared.append) == []
+    assert compared == [1, 2, 3, 4]
+    (written / "exact").write_bytes(b"e" * (CHUNK_BYTES - 1) + b"f")
+    (written / "empty").unlink()
+    (written / "deep" / "more").touch()
+    assert differences(plan, written, compared.append) == [
+        "empty: No such file or directory",
+        "exact: checksums differ",
+        "deep/more: was never sent",
+    ]

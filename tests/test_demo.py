@@ -1,0 +1,144 @@
+"""`snapctl demo` from outside: real processes, a real tree, real interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snap.ipc import paths
+
+COMMAND = [sys.executable, "-P", "-m", "snap.cli", "demo"]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """About 20 MB: more than the window, so that the interruption finds chunks on their way."""
+    chance = random.Random(11)
+    root = tmp_path / "tree"
+    for number in range(60):
+        folder = root / f"folder{number % 7}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"file{number}").write_bytes(chance.randbytes(chance.choice([0, 1, 100, 70_000, 900_000])))
+    Path(os.fsdecode(os.fsencode(root) + b"/odd \xff name")).write_bytes(b"odd")
+    (root / "link").symlink_to("nowhere")
+    return root
+
+
+def start(scratch: Path, *arguments: object) -> subprocess.Popen[str]:
+    scratch.mkdir()
+    return subprocess.Popen(
+        [*COMMAND, *map(os.fspath, map(str, arguments))],
+        env={**os.environ, "TMPDIR": os.fspath(scratch)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(scratch: Path, *arguments: object) -> tuple[int, str, str]:
+    child = start(scratch, *arguments)
+    out, err = child.communicate(timeout=100)
+    return child.returncode, out, err
+
+
+def result(scratch: Path, *arguments: object) -> dict[str, Any]:
+    code, out, err = run(scratch, *arguments, "-o", "json")
+    assert code == 0, err
+    document: dict[str, Any] = json.loads(out)
+    assert (document["apiVersion"], document["kind"]) == ("snap/v1", "Demo")
+    return document
+
+
+@pytest.mark.parametrize("restart", ["graceful", "kill"])
+def test_a_tree_arrives_whole_though_the_module_is_interrupted_half_way(
+    restart: str, tree: Path, tmp_path: Path
+) -> None:
+    seen = result(tmp_path / "tmp", "--path", tree, "--restart", restart, "--window", 16)
+    assert (seen["files"], seen["verified"], seen["restart"]) == (61, 61, restart)
+    assert seen["bytes"] == sum(
+        path.stat().st_size for path in tree.rglob("*") if not path.is_symlink() and path.is_file()
+    )
+    assert seen["gap_seconds"] > 0
+    assert seen["skipped"] == {"symbolic links": 1}
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_round_trips_are_measured_beside_both_peers(tree: Path, tmp_path: Path) -> None:
+    seen = result(tmp_path / "tmp", "--path", tree, "--restart", "none")
+    assert [trip["way"] for trip in seen["round_trips"]] == [
+        "Snap, spinning",
+        "Snap, blocking",
+        "Unix socket",
+        "ZeroMQ",
+    ]
+    assert all(0 < trip["p50"] <= trip["p99"] <= trip["p999"] for trip in seen["round_trips"])
+    assert (seen["gap_seconds"], seen["resent_chunks"], seen["duplicates_dropped"]) == (None, 0, 0)
+
+
+def test_an_empty_tree_is_sent_too(tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    assert result(tmp_path / "tmp", "--path", tmp_path / "tree")["files"] == 0
+
+
+def test_the_table_tells_files_checksums_and_the_gap(tree: Path, tmp_path: Path) -> None:
+    code, out, err = run(tmp_path / "tmp", "--path", tree)
+    assert code == 0, err
+    for words in (
+        "61 of 61 equal (SHA-256)",
+        "graceful: ",
+        "ms without a delivery",
+        "p99.9",
+        "ZeroMQ",
+        "1 symbolic links",
+    ):
+        assert words in out
+
+
+def test_kept_files_are_the_tree_as_it_was_sent(tree: Path, tmp_path: Path) -> None:
+    result(tmp_path / "tmp", "--path", tree, "--keep")
+    (folder,) = (tmp_path / "tmp").iterdir()
+    assert (folder / "run" / paths.KERNEL_LOG).exists()
+    for path in tree.rglob("file*"):
+        if path.is_file():
+            assert (folder / "written" / path.relative_to(tree)).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_neither_process_nor_file(number: int, tree: Path, tmp_path: Path) -> None:
+    scratch = tmp_path / "tmp"
+    child = start(scratch, "--path", tree)
+    deadline = time.monotonic() + 60
+    while not list(scratch.glob("snap-demo-*/written")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    family = descendants(child.pid)
+    child.send_signal(number)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert "Traceback" not in err
+    assert list(scratch.iterdir()) == []
+    assert len(family) >= 2, "the kernel and its modules were not running yet"
+    assert [pid for pid in family if Path(f"/proc/{pid}").exists()] == []
+
+
+def descendants(pid: int) -> list[int]:
+    children = [
+        int(child)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+    return children + [below for child in children for below in descendants(child)]
+
+
+def test_a_path_that_is_no_folder_is_wrong_usage(tmp_path: Path) -> None:
+    code, out, err = run(tmp_path / "tmp", "--path", tmp_path / "nowhere")
+    assert (code, out) == (2, "")
+    assert "does not exist" in err
