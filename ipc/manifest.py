@@ -40,7 +40,7 @@ class Provided(Table, frozen=True):
 
 
 class Required(Table, frozen=True):
-    services: list[Name] = []
+    services: list[Name] = msgspec.field(default_factory=list)
 
 
 class EngineTable(Table, frozen=True):
@@ -76,7 +76,9 @@ class Manifest(Table, frozen=True):
 
     module: About
     engines: Annotated[dict[Name, EngineTable], msgspec.Meta(min_length=1, max_length=64)]
-    provides: Annotated[dict[Name, Provided], msgspec.Meta(max_length=64)] = {}
+    provides: Annotated[dict[Name, Provided], msgspec.Meta(max_length=64)] = msgspec.field(
+        default_factory=dict
+    )
     requires: Required = Required()
     restart: Restart = Restart()
     resources: Resources = Resources()
