@@ -17,11 +17,13 @@ from typing import Final
 
 import msgspec
 
+from snap.dataplane import _native
 from snap.dataplane.errors import ManifestError, SnapError
+from snap.ipc import manifest as manifests
+from snap.ipc.manifest import Manifest
 
 from .engine import Engine
 from .loading import load_class, load_package
-from .manifest import Manifest
 from .module import Module
 
 IMPORT_LIMIT: Final = 20.0
@@ -53,15 +55,30 @@ def check(path: Path, limit: float = IMPORT_LIMIT) -> Report:
     """Check the module in directory `path`; its import may take `limit` seconds."""
     path = path.absolute()
     try:
-        manifest = Manifest.read(path)
+        manifest = manifests.load(path)
     except ManifestError as error:
         return Report(str(path), None, [Problem.of("manifest", error)])
-    own = [service for service in manifest.requires.services if service in manifest.provides]
-    problems = [
-        Problem("manifest", f"requires.services: {service!r} is provided by this module itself", "remove it")
-        for service in own
+    return Report(str(path), manifest.name, [*_look(manifest), *_probe_apart(path, limit)])
+
+
+def _look(manifest: Manifest) -> list[Problem]:
+    """What is wrong with a manifest that is well-formed."""
+    known = _native.engines()
+    unknown = [
+        Problem(
+            "engine",
+            f"engines.{name}.class: no Rust engine {engine.native!r}",
+            f"there are: {', '.join(known)}",
+        )
+        for name, engine in manifest.engines.items()
+        if engine.native is not None and engine.native not in known
     ]
-    return Report(str(path), manifest.module.name, problems + _probe_apart(path, limit))
+    own = [
+        Problem("manifest", f"requires.services: {service!r} is provided by this module itself", "remove it")
+        for service in manifest.requires.services
+        if service in manifest.provides
+    ]
+    return unknown + own
 
 
 def _probe_apart(path: Path, limit: float) -> list[Problem]:
@@ -86,9 +103,9 @@ def _probe_apart(path: Path, limit: float) -> list[Problem]:
 
 def probe(path: Path) -> list[Problem]:
     """Import the module here and look at what its manifest names."""
-    manifest = Manifest.read(path)
+    manifest = manifests.load(path)
     try:
-        package = load_package(path, manifest.module.name)
+        package = load_package(path, manifest.name)
     except Exception as error:
         return [Problem.of("import", error)]
     targets: list[tuple[str, type[Engine] | type[Module]]] = [

@@ -25,6 +25,7 @@ import setproctitle
 from snap.dataplane import _native
 from snap.dataplane.errors import NotFoundError, ProtocolError, SnapError, UnreachableError, UsageError
 from snap.ipc import seqpacket
+from snap.ipc.manifest import EngineTable, Manifest, from_builtins
 from snap.ipc.protocol import (
     Attach,
     Attached,
@@ -41,12 +42,12 @@ from snap.ipc.protocol import (
 from .engine import Engine, ServerChannel
 from .link import Link
 from .loading import load_class, load_package
-from .manifest import EngineTable, Manifest
 from .module import Module
 from .worker import PythonWorker, Runner
 
 LINK_FD: Final = "SNAP_LINK_FD"
 _STANDARD: Final = 3
+_WAITS: Final = {"spin": _native.SPIN, "adaptive": _native.ADAPTIVE, "blocking": _native.BLOCK}
 _KERNEL_GONE_GRACE: Final = 2.0
 _TRACEBACK: Final = 16_384
 """Characters of a traceback that fit a message whatever they are; its end says most."""
@@ -86,7 +87,7 @@ class Host:
     def _start(self) -> None:
         stage = "import"
         try:
-            manifest = Manifest.parse(self.order.manifest, f"manifest of {self.order.name}")
+            manifest = from_builtins(self.order.manifest, f"manifest of {self.order.name}")
             package = load_package(Path(self.order.path), self.order.name)
             module = _module_class(package, manifest)(manifest, package, self.order.generation, self.link)
             stage = "start"
@@ -108,13 +109,13 @@ class Host:
 
     def _worker(self, index: int, name: str, table: EngineTable, engine: Engine | None) -> Runner:
         if table.native is not None:
-            return _native.Worker(name, table.native, self._stats_fd, index, table.budget, table.wait_mode)
+            return _native.Worker(name, table.native, self._stats_fd, index, table.budget, _WAITS[table.wait])
         if engine is None:
             raise UsageError(
                 f"engines() of module {self.order.name!r} built no {name!r}", "return one per manifest entry"
             )
         stats = _native.StatsPage(self._stats_fd, True)
-        return PythonWorker(name, engine, stats, index, table.budget, table.wait_mode)
+        return PythonWorker(name, engine, stats, index, table.budget, _WAITS[table.wait])
 
     def _post(self, action: Callable[[], None]) -> None:
         self._posted.append(action)

@@ -12,8 +12,6 @@ from typing import TypeVar
 
 from snap.dataplane.errors import ManifestError
 
-from .manifest import split_target
-
 _SHIPPED = Path(__file__).parent
 
 T = TypeVar("T")
@@ -43,7 +41,7 @@ def load_package(path: Path, name: str) -> ModuleType:
 
 def load_class(package: ModuleType, target: str, base: type[T]) -> type[T]:
     """The class that FILE:CLASS names in `package`. Raises ManifestError unless it is a subclass of `base`."""
-    file, name = split_target(target)
+    file, _, name = target.partition(":")
     found = getattr(importlib.import_module(f"{package.__name__}.{file}"), name, None)
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ManifestError(

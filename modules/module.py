@@ -6,10 +6,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from snap.dataplane.errors import NotRunningError
+from snap.ipc.manifest import Manifest
 
 from .engine import Engine
 from .loading import load_class
-from .manifest import Manifest
 
 if TYPE_CHECKING:
     from snap.ipc.client import Channel

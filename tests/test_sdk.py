@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import pytest
 
 from snap.dataplane import _native
-from snap.dataplane.errors import BusyError, ManifestError, PeerGoneError
+from snap.dataplane.errors import BusyError, PeerGoneError
 from snap.ipc import seqpacket
 from snap.ipc.protocol import (
     Attach,
@@ -37,7 +37,6 @@ from snap.ipc.protocol import (
 )
 from snap.modules import Engine, ServerChannel
 from snap.modules.echo.engine import PyEcho
-from snap.modules.manifest import Manifest
 from snap.modules.testing import ChannelPair, channel_pair
 from snap.modules.worker import PythonWorker, Runner
 
@@ -317,35 +316,6 @@ def test_an_engine_is_polled_for_a_channel_of_which_it_is_the_client() -> None:
         with working(engine):
             pair.server.send(b"pushed", timeout=LIMIT)
             assert until(lambda: engine.heard) == [b"pushed"]
-
-
-# -- manifests -----------------------------------------------------------------------------------------------
-
-GOOD: dict[str, Any] = {
-    "module": {"name": "m", "version": "1"},
-    "engines": {"e": {"class": "engine:E"}},
-    "provides": {"s": {"engine": "e"}},
-}
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"module": {"name": "M", "version": "1"}}, "module.name"),
-        ({"module": {"name": "m", "version": 1}}, "module.version"),
-        ({"engines": {"e": {"class": "engine"}}}, "engines.e.class"),
-        ({"engines": {"e": {"class": "native:none"}}}, "no Rust engine 'none'"),
-        ({"engines": {"e": {"class": "engine:E", "wiat": "spin"}}}, "wiat"),
-        ({"engines": {"e": {"class": "engine:E", "budget": 0}}}, "budget"),
-        ({"provides": {"s": {"engine": "x"}}}, "provides.s.engine"),
-        ({"requires": {"services": "s"}}, "requires.services"),
-        ({"surprise": {}}, "surprise"),
-    ],
-)
-def test_a_wrong_manifest_is_refused_by_file_and_key(change: dict[str, Any], said: str) -> None:
-    with pytest.raises(ManifestError) as refused:
-        Manifest.parse(GOOD | change, "m/module.toml")
-    assert "m/module.toml" in str(refused.value) and said in str(refused.value)
 
 
 # -- the host process ----------------------------------------------------------------------------------------
