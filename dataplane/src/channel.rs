@@ -16,6 +16,7 @@ use crate::pool::{Allocations, Returns};
 use crate::ring::{Consumer, Memory, Producer, Wake};
 use crate::ringmem::RingMemory;
 use crate::segment::{Mapping, SHRUNK};
+use crate::sync;
 
 pub const RIGHT_SEND: u8 = 1;
 pub const RIGHT_RECV: u8 = 2;
@@ -267,9 +268,9 @@ impl Core {
         if self.closed() {
             return;
         }
-        let armed = lock(&self.returns).push(&self.ring, self.slots, self.peer_direction(), token);
+        let wake = lock(&self.returns).push(&self.ring, self.slots, self.peer_direction(), token);
         let word = self.ring.u32_at(layout::OFF_DIRECTION[self.peer_direction()] + layout::DIR_ROOM_ARMED);
-        self.ring_peer(word, Wake(armed));
+        self.ring_peer(word, wake);
     }
 
     pub fn own_pool(&self) -> Option<&Mapping> {
@@ -299,6 +300,7 @@ pub fn open(grant: &Grant<'_>) -> Result<(Arc<Core>, Tx, Rx)> {
     if !layout::slots_valid(grant.slots) {
         return Err(Error::Faulted(Fault::Geometry));
     }
+    sync::prepare();
     let ring = Arc::new(Mapping::new(grant.ring, layout::ring_bytes(grant.slots), true)?);
     check_header(&ring, grant)?;
     let own = usize::from(grant.role == Role::Server);
@@ -413,13 +415,22 @@ impl Tx {
 
     /// Ask to be woken when more room comes than there was at the stall, in the ring or the pool; false: it has come.
     pub fn arm_stalled(&mut self, how: u32) -> Result<bool> {
-        self.mem.room_armed().store(how, Ordering::SeqCst);
-        std::sync::atomic::fence(Ordering::SeqCst);
+        self.raise(how);
+        sync::heavy_fence();
         let still = self.still_stalled()?;
         if !still {
-            self.mem.room_armed().store(crate::ring::DISARMED, Ordering::Relaxed);
+            self.lower();
         }
         Ok(still)
+    }
+
+    /// Raise the armed word only: a heavy fence and another look must follow before anybody sleeps.
+    pub fn raise(&self, how: u32) {
+        self.mem.room_armed().store(how, Ordering::Relaxed);
+    }
+
+    pub fn lower(&self) {
+        self.raise(crate::ring::DISARMED);
     }
 
     /// Whether nothing came back since the stall. When something did, the stall is over.
@@ -493,11 +504,6 @@ impl Tx {
     pub fn publish(&mut self) {
         let wake = self.producer.publish(&self.mem);
         self.core.ring_peer(self.mem.data_armed(), wake);
-    }
-
-    /// Ask to be woken when there may be room for `slots` (pool memory coming back rings too); false: there is now.
-    pub fn arm(&mut self, slots: u64, how: u32) -> Result<bool> {
-        self.producer.arm(&self.mem, slots, how).map_err(|fault| self.core.fail(fault))
     }
 
     pub fn armed_word(&self) -> &AtomicU32 {
@@ -608,6 +614,21 @@ impl Rx {
     pub fn arm(&mut self, how: u32) -> Result<bool> {
         self.release();
         self.consumer.arm(&self.mem, how).map_err(|fault| self.core.fail(fault))
+    }
+
+    /// Raise the armed word only: a heavy fence and another look must follow before anybody sleeps.
+    pub fn raise(&mut self, how: u32) {
+        self.release();
+        self.mem.data_armed().store(how, Ordering::Relaxed);
+    }
+
+    pub fn lower(&self) {
+        self.mem.data_armed().store(crate::ring::DISARMED, Ordering::Relaxed);
+    }
+
+    /// Whether there is nothing to receive and nothing to say.
+    pub fn idle(&mut self) -> bool {
+        matches!(self.peek(), Ok(None)) && self.check().is_ok()
     }
 
     pub fn armed_word(&self) -> &AtomicU32 {

@@ -1,7 +1,6 @@
 //! Waiting for any of many channels: epoll over their doorbells, with the armed-flag protocol in front.
 
 use std::os::fd::AsFd;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::event::{epoll, Timespec};
@@ -9,7 +8,7 @@ use rustix::event::{epoll, Timespec};
 use crate::bell::{Bell, SLICE};
 use crate::channel::{Rx, Tx};
 use crate::error::{Error, Result};
-use crate::ring::{ARMED_EVENT, DISARMED};
+use crate::ring::ARMED_EVENT;
 
 /// How long an adaptive waiter spins before it sleeps: about what a wake-up across cores costs (ski rental).
 pub const SPIN_LIMIT: Duration = Duration::from_micros(50);
@@ -62,16 +61,29 @@ impl Poller {
     }
 }
 
-/// Arm a channel for its doorbell: for messages or, when its last answer did not fit, for room. False when it need not
-/// be waited for, or has changed its state or faults (whoever polls it next will meet that).
-pub fn arm(tx: &mut Tx, rx: &mut Rx, room: bool) -> bool {
-    let armed = if room { tx.arm_stalled(ARMED_EVENT) } else { rx.arm(ARMED_EVENT) };
-    matches!(armed, Ok(true)) && rx.check().is_ok()
+/// Announce sleep on a channel: for messages or, with `room`, for room to send.
+pub fn raise(tx: &Tx, rx: &mut Rx, room: bool) {
+    if room {
+        tx.raise(ARMED_EVENT);
+    } else {
+        rx.raise(ARMED_EVENT);
+    }
 }
 
-/// Take the armed word down again, so that the sender does not ring while we poll.
-pub fn disarm(rx: &Rx) {
-    rx.armed_word().store(DISARMED, Ordering::Relaxed);
+/// The last look, after all channels were raised and `sync::heavy_fence`: whether this one need not be polled now. One
+/// that changed its state or faults is not idle: whoever polls it next will meet that.
+pub fn idle(tx: &mut Tx, rx: &mut Rx, room: bool) -> bool {
+    if room {
+        matches!(tx.still_stalled(), Ok(true)) && rx.check().is_ok()
+    } else {
+        rx.idle()
+    }
+}
+
+/// Awake again: senders need not ring while we poll.
+pub fn lower(tx: &Tx, rx: &Rx) {
+    tx.lower();
+    rx.lower();
 }
 
 /// Whether a waiter that began at `since` still spins.

@@ -5,12 +5,13 @@
 //! that a token given back twice, or invented, is noticed. `offset-allocator` (Sebastian Aaltonen's two-level bins)
 //! does the allocation in constant time.
 
-use std::sync::atomic::{fence, Ordering};
+use std::sync::atomic::Ordering;
 
 use offset_allocator::{Allocation, Allocator};
 
 use crate::error::Fault;
 use crate::layout::{self, PoolRef, RETURN_ENTRY};
+use crate::ring::{take_down, Wake};
 use crate::segment::Mapping;
 
 /// Allocation unit: a cache line, so that two payloads never share one.
@@ -110,19 +111,14 @@ impl Returns {
 
     /// Give a payload back. The ring cannot overflow with a sound producer, and with an unsound one only its own
     /// tokens are overwritten. Returns the producer's armed word if it waits for room.
-    pub fn push(&mut self, ring: &Mapping, slots: u32, direction: usize, token: u64) -> u32 {
+    pub fn push(&mut self, ring: &Mapping, slots: u32, direction: usize, token: u64) -> Wake {
         let control = layout::OFF_DIRECTION[direction];
         let area = layout::returns_offset(slots, direction);
         let place = area + (self.tail & u64::from(slots - 1)) as usize * RETURN_ENTRY;
         ring.u64_at(place).store(token, Ordering::Relaxed);
         self.tail += 1;
         ring.u64_at(control + layout::DIR_RETURN_TAIL).store(self.tail, Ordering::Release);
-        fence(Ordering::SeqCst);
-        let armed = ring.u32_at(control + layout::DIR_ROOM_ARMED);
-        if armed.load(Ordering::Relaxed) == 0 {
-            return 0;
-        }
-        armed.swap(0, Ordering::AcqRel)
+        take_down(ring.u32_at(control + layout::DIR_ROOM_ARMED))
     }
 }
 

@@ -9,7 +9,7 @@
 
 use crate::error::Fault;
 use crate::layout::{self, Header, PoolRef, INLINE_FIRST, PREFIX, SLOT};
-use crate::sync::{fence, AtomicU32, AtomicU64, Ordering};
+use crate::sync::{heavy_fence, light_fence, AtomicU32, AtomicU64, Ordering};
 
 /// An armed word's values: nobody waits, a thread waits by futex on the word itself, or an eventfd is to be written.
 pub const DISARMED: u32 = 0;
@@ -40,18 +40,13 @@ pub trait Memory {
 pub struct Wake(pub u32);
 
 /// Take an armed word down if it is up. The caller has published just before.
-fn disarm(word: &AtomicU32) -> Wake {
-    fence(Ordering::SeqCst);
+#[inline]
+pub fn take_down(word: &AtomicU32) -> Wake {
+    light_fence();
     if word.load(Ordering::Relaxed) == DISARMED {
         return Wake(DISARMED);
     }
     Wake(word.swap(DISARMED, Ordering::AcqRel))
-}
-
-/// Raise an armed word. The caller looks again before it sleeps.
-fn arm(word: &AtomicU32, how: u32) {
-    word.store(how, Ordering::Relaxed);
-    fence(Ordering::SeqCst);
 }
 
 pub struct Producer {
@@ -109,12 +104,13 @@ impl Producer {
         }
         mem.tail().store(self.tail, Ordering::Release);
         self.published = self.tail;
-        disarm(mem.data_armed())
+        take_down(mem.data_armed())
     }
 
     /// Ask to be woken when the consumer makes room; false when there are `want` slots already.
     pub fn arm(&mut self, mem: &impl Memory, want: u64, how: u32) -> Result<bool, Fault> {
-        arm(mem.room_armed(), how);
+        mem.room_armed().store(how, Ordering::Relaxed);
+        heavy_fence();
         if self.room(mem, want)? < want {
             return Ok(true);
         }
@@ -211,12 +207,13 @@ impl Consumer {
         }
         mem.head().store(self.head, Ordering::Release);
         self.released = self.head;
-        disarm(mem.room_armed())
+        take_down(mem.room_armed())
     }
 
     /// Ask to be woken by the next message; false when there is one already.
     pub fn arm(&mut self, mem: &impl Memory, how: u32) -> Result<bool, Fault> {
-        arm(mem.data_armed(), how);
+        mem.data_armed().store(how, Ordering::Relaxed);
+        heavy_fence();
         if self.available(mem)? == 0 {
             return Ok(true);
         }

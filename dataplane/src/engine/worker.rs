@@ -12,6 +12,7 @@ use crate::bell::Bell;
 use crate::error::{Error, Result};
 use crate::poller::{self, Poller, Wait};
 use crate::stats::{self, Page};
+use crate::sync;
 
 /// Statistics and heartbeat are published this often while there is work; an idle engine publishes at every wake-up.
 const PUBLISH_EVERY: Duration = Duration::from_millis(10);
@@ -158,17 +159,20 @@ fn run(shared: &Shared, engine: Box<dyn Engine>, settings: &Settings) {
 /// Arm, look again, sleep.
 fn idle(shared: &Shared, state: &mut State, settings: &Settings, meter: &mut Meter) {
     meter.publish(settings, &state.channels, Duration::ZERO);
-    // Every one is armed, even after one that is not idle: disarming below is then the same for all.
-    let mut idle = true;
     for channel in state.channels.iter_mut() {
         let room = channel.tx.stalled();
-        idle &= poller::arm(&mut channel.tx, &mut channel.rx, room);
+        poller::raise(&channel.tx, &mut channel.rx, room);
     }
+    sync::heavy_fence();
+    let idle = state.channels.iter_mut().all(|channel| {
+        let room = channel.tx.stalled();
+        poller::idle(&mut channel.tx, &mut channel.rx, room)
+    });
     if idle && !shared.mailbox.is_full() && !shared.stop.load(Ordering::Acquire) {
         shared.poller.sleep(None);
         meter.wake();
     }
-    state.channels.iter_mut().for_each(|channel| poller::disarm(&channel.rx));
+    state.channels.iter_mut().for_each(|channel| poller::lower(&channel.tx, &channel.rx));
 }
 
 /// Hand dropped channels over to control code.

@@ -14,6 +14,7 @@ use super::waiting::mode;
 use crate::engine::{self, worker};
 use crate::poller::{self, Wait};
 use crate::stats::Page;
+use crate::sync;
 
 /// How long the control side waits for an engine to look into its mailbox: engines never block, so a second is a hang.
 const MAILBOX_TIMEOUT: Duration = Duration::from_secs(1);
@@ -36,20 +37,27 @@ impl Poller {
         self.members.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Arm all; true when none of them needs a look now.
+    /// Announce sleep on all; true when none of them needs a look now.
     fn arm(&self, py: Python<'_>) -> PyResult<bool> {
-        let mut idle = true;
-        for member in self.members().iter() {
+        let members = self.members();
+        for member in members.iter() {
             let endpoint = member.endpoint.get();
-            let (mut tx, mut rx) = (endpoint.tx().enter(py)?, endpoint.rx().enter(py)?);
-            idle &= poller::arm(&mut tx, &mut rx, member.room);
+            poller::raise(&*endpoint.tx().enter(py)?, &mut *endpoint.rx().enter(py)?, member.room);
         }
-        Ok(idle)
+        sync::heavy_fence();
+        for member in members.iter() {
+            let endpoint = member.endpoint.get();
+            if !poller::idle(&mut *endpoint.tx().enter(py)?, &mut *endpoint.rx().enter(py)?, member.room) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn disarm(&self, py: Python<'_>) -> PyResult<()> {
         for member in self.members().iter() {
-            poller::disarm(&*member.endpoint.get().rx().enter(py)?);
+            let endpoint = member.endpoint.get();
+            poller::lower(&*endpoint.tx().enter(py)?, &*endpoint.rx().enter(py)?);
         }
         Ok(())
     }
