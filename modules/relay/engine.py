@@ -1,5 +1,6 @@
 """The relay engine: one class, about thirty lines, no threads and no locks."""
 
+from snap.dataplane.errors import MessageSizeError
 from snap.modules import Engine, ServerChannel
 
 OTHER = {"relay-in": "relay-out", "relay-out": "relay-in"}
@@ -35,7 +36,11 @@ class Relay(Engine):
 
     def _pass(self, source: ServerChannel, sink: ServerChannel, budget: int) -> int:
         messages = self.late.pop(sink.service, None) or source.recv_many(budget, timeout=0)
-        sent = sink.send_many(messages, timeout=0)
+        try:
+            sent = sink.send_many(messages, timeout=0)
+        except MessageSizeError as error:
+            sink.drop(f"a message for it does not fit its pool: {error.message}")
+            return len(messages)
         if sent < len(messages):
             self.late[sink.service] = messages[sent:]
         return sent
