@@ -116,7 +116,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _report(settings: Settings, error: Exception) -> int:
     """Tell the operator what failed and what to do next. An error that is no known kind is a bug: it is re-raised."""
-    from snap.dataplane.errors import SnapError
+    from snap.ipc import SnapError
 
     if isinstance(error, SnapError):
         code, name, message, hint = (

@@ -48,7 +48,7 @@ def rfc3339(seconds: float) -> str:
 def age(seconds: float) -> str:
     """A duration in its two largest units: `3d 4h`, `12s`."""
     left = max(0, int(seconds))
-    parts = []
+    parts: list[str] = []
     for name, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
         count, left = divmod(left, size)
         if count or (name == "s" and not parts):

@@ -29,7 +29,7 @@ def list_(settings: Settings, owner: str | None) -> None:
 
     from ..output import show_list
 
-    arguments = {} if owner is None else {"owner": owner}
+    arguments: dict[str, Any] = {} if owner is None else {"owner": owner}
     show_list(
         settings.output,
         "Capability",
@@ -103,7 +103,9 @@ def why(context: click.Context, settings: Settings, who: str, service: str, righ
     """
     from ..output import field, print_json, state
 
-    arguments = {"who": who, "service": service} | ({} if right is None else {"right": right})
+    arguments: dict[str, Any] = {"who": who, "service": service}
+    if right is not None:
+        arguments["right"] = right
     answer = call(settings, "cap.why", dict[str, Any], **arguments)
     verdict = "allowed" if answer["allowed"] else "denied"
     if settings.output == "json":
