@@ -173,6 +173,11 @@ class Engine:
     def on_detach(self, channel: ServerChannel) -> None:
         """A client left; `channel` is no longer in `channels` and is closed after this."""
 
+    def on_lost(self, channel: _native.Endpoint, error: ChannelError) -> None:
+        """A watched channel failed (its module died, say) and is watched no more. By default that is this engine's own
+        failure; override it to go on without, and `Module.connect_soon` for the next one."""
+        raise error
+
     def mail(self, work: Work, timeout: float | None = None) -> None:
         """From any thread: run `work` on the engine's thread at the next poll boundary.
 

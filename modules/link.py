@@ -7,7 +7,7 @@ import queue
 import socket
 import threading
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 
@@ -26,20 +26,16 @@ from snap.ipc.protocol import (
     ToModule,
     encode,
 )
+from snap.ipc.requester import Received
 
-Answer = Found | Opened | Ready | Caps | Done | Failure
 _ANSWERS: Final = (Found, Opened, Ready, Caps, Done, Failure)
 
 
-class Received(NamedTuple):
-    """A message and the descriptors that came with it, which are now the receiver's to close."""
-
-    message: Message
-    fds: list[int]
-
-
 class Link:
-    """Orders come out of `receive`, which one thread calls; answers go to the threads that wait in `request`."""
+    """A `Requester` (see `snap.ipc.requester`) that also gets orders.
+
+    Orders come out of `receive`, which one thread calls; answers go to the threads that wait in `request`.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock

@@ -76,13 +76,14 @@ class Turns:
             self.engine._mailbox.run()
             done = self.engine.poll(self.budget)
         except ChannelError:
-            if not self._sweep():
+            if not (self._sweep() | self._sweep_watched()):
                 raise
             return self.budget
         if not isinstance(done, int):
             raise TypeError(f"{type(self.engine).__name__}.poll returned {done!r}, not how much it did")
         if done == 0 or any(channel.drop_reason for channel in self.engine.channels):
             self._sweep()
+            self._sweep_watched()
         return done
 
     def end(self) -> None:
@@ -116,6 +117,18 @@ class Turns:
             self.faults.append((channel.id, verdict))
             self._remove(channel)
         return bool(failed)
+
+    def _sweep_watched(self) -> bool:
+        """Tell the engine of watched channels that failed; True when there were any."""
+        failed = False
+        for channel in list(self.engine.watched):
+            try:
+                channel.check()
+            except ChannelError as error:
+                failed = True
+                self.engine.unwatch(channel)
+                self.engine.on_lost(channel, error)
+        return failed
 
 
 class PythonWorker:

@@ -1,0 +1,1 @@
+"""ledger: numbers what other modules hand in."""

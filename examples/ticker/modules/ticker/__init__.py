@@ -1,0 +1,1 @@
+"""ticker: a module that is the client of another one."""
