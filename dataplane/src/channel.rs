@@ -1,351 +1,28 @@
-//! One end of a channel: two rings, two pools, doorbells, and the checks made with every burst.
+//! One end of a channel as two halves, `Tx` and `Rx`, over what they share (`core`).
 //!
 //! The way of a message: `Tx` writes it into its ring (inline) or its pool (by reference) and publishes; `Rx` at the
 //! other end copies the descriptor once, checks it, and takes the payload out or lends it. Nothing here waits:
 //! operations say `Full` or `None`, and the waiting loops (Python face, poller, engine) arm and sleep.
 
-use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
 
-use crate::bell::{self, Bell};
+use crate::core::{count, lock};
+pub use crate::core::{init_header, set_state, Core, Grant, Role, State, RIGHT_RECV, RIGHT_SEND};
 use crate::error::{Error, Fault, Result};
-use crate::gate::Line;
 use crate::layout::{self, Header, PoolRef, INLINE_MAX};
-use crate::pool::{Allocations, Returns};
-use crate::ring::{Consumer, Memory, Producer, Wake};
+use crate::ring::{Consumer, Memory, Producer};
 use crate::ringmem::RingMemory;
-use crate::segment::{Mapping, SHRUNK};
+use crate::segment::Mapping;
 use crate::sync;
-
-pub const RIGHT_SEND: u8 = 1;
-pub const RIGHT_RECV: u8 = 2;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    Client,
-    Server,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum State {
-    Open = 1,
-    Paused = 2,
-    Moved = 3,
-    Revoked = 4,
-    Faulted = 5,
-    Gone = 6,
-}
-
-impl State {
-    pub const NAMES: [(&'static str, State); 6] = [
-        ("open", State::Open),
-        ("paused", State::Paused),
-        ("moved", State::Moved),
-        ("revoked", State::Revoked),
-        ("faulted", State::Faulted),
-        ("gone", State::Gone),
-    ];
-
-    pub fn name(self) -> &'static str {
-        Self::NAMES.iter().find(|(_, state)| *state == self).map_or("", |(name, _)| name)
-    }
-
-    pub fn from_word(word: u32) -> Option<State> {
-        Self::NAMES.iter().map(|(_, state)| *state).find(|state| *state as u32 == word & 0xff)
-    }
-}
-
-/// What the kernel granted, as it told this end: never read from the segment.
-pub struct Grant<'fd> {
-    pub role: Role,
-    pub ring: BorrowedFd<'fd>,
-    /// Pools written by the client and by the server, with their sizes in bytes; 0 bytes: none.
-    pub pools: [(Option<BorrowedFd<'fd>>, usize); 2],
-    pub slots: u32,
-    /// Eventfds that wake the server and the client.
-    pub bells: [BorrowedFd<'fd>; 2],
-    pub generation: u32,
-    pub rights: u8,
-    pub gate: Option<(BorrowedFd<'fd>, usize)>,
-}
-
-/// Write a fresh header: the kernel's part, before either end maps the segment.
-pub fn init_header(ring: &Mapping, slots: u32, channel: u64, generation: u32) {
-    ring.u32_at(layout::OFF_VERSION).store(layout::LAYOUT_VERSION, Ordering::Relaxed);
-    ring.u32_at(layout::OFF_SLOTS).store(slots, Ordering::Relaxed);
-    ring.u64_at(layout::OFF_CHANNEL).store(channel, Ordering::Relaxed);
-    ring.u32_at(layout::OFF_GENERATION).store(generation, Ordering::Relaxed);
-    ring.u32_at(layout::OFF_STATE).store(State::Open as u32, Ordering::Relaxed);
-    ring.u64_at(layout::OFF_MAGIC).store(layout::MAGIC, Ordering::Release);
-}
-
-/// Write the state word and wake everybody who sleeps on the channel, armed or not.
-pub fn set_state(ring: &Mapping, bells: &[Bell; 2], state: State, fault: Option<Fault>) {
-    let reason = fault.map_or(0, |fault| u32::from(fault as u8) << 8);
-    ring.u32_at(layout::OFF_STATE).store(state as u32 | reason, Ordering::SeqCst);
-    for control in layout::OFF_DIRECTION {
-        for armed in [layout::DIR_DATA_ARMED, layout::DIR_ROOM_ARMED] {
-            let word = ring.u32_at(control + armed);
-            word.store(0, Ordering::SeqCst);
-            bell::wake(word, Wake(crate::ring::ARMED_FUTEX), &bells[0]);
-        }
-    }
-    bells.iter().for_each(Bell::ring);
-}
-
-#[derive(Default)]
-pub struct Counters {
-    pub sent: AtomicU64,
-    pub received: AtomicU64,
-    pub sent_bytes: AtomicU64,
-    pub received_bytes: AtomicU64,
-    pub waits: AtomicU64,
-    pub bells: AtomicU64,
-}
-
-/// A counter that one thread writes and others read: no read-modify-write on the path of a message.
-#[inline]
-fn count(counter: &AtomicU64, by: u64) {
-    counter.store(counter.load(Ordering::Relaxed) + by, Ordering::Relaxed);
-}
-
-/// What both halves of an end share.
-pub struct Core {
-    pub role: Role,
-    pub slots: u32,
-    ring: Arc<Mapping>,
-    own_pool: Option<Mapping>,
-    peer_pool: Option<Mapping>,
-    bells: [Bell; 2],
-    rights: u8,
-    gate: Option<Line>,
-    allocations: Mutex<Allocations>,
-    returns: Mutex<Returns>,
-    /// The first fault that this end found; sticky, in private memory.
-    fault: AtomicU32,
-    shrunk_seen: AtomicU32,
-    closed: AtomicBool,
-    pub counters: Counters,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Core {
-    fn own_direction(&self) -> usize {
-        match self.role {
-            Role::Client => 0,
-            Role::Server => 1,
-        }
-    }
-
-    fn peer_direction(&self) -> usize {
-        1 - self.own_direction()
-    }
-
-    /// The eventfd that this end listens to.
-    pub fn own_bell(&self) -> &Bell {
-        &self.bells[self.peer_direction()]
-    }
-
-    fn peer_bell(&self) -> &Bell {
-        &self.bells[self.own_direction()]
-    }
-
-    /// The checks of every burst: gate, state word, own faults, shrunk segments. A few loads of lines that hardly
-    /// ever change.
-    #[inline]
-    pub fn check(&self) -> Result<()> {
-        let state = self.ring.u32_at(layout::OFF_STATE).load(Ordering::Acquire);
-        let gate_open = self.gate.as_ref().is_none_or(Line::is_open);
-        if state == State::Open as u32
-            && gate_open
-            && self.fault.load(Ordering::Relaxed) == 0
-            && SHRUNK.load(Ordering::Acquire) == self.shrunk_seen.load(Ordering::Relaxed)
-            && !self.closed.load(Ordering::Relaxed)
-        {
-            return Ok(());
-        }
-        self.explain(state, gate_open)
-    }
-
-    #[cold]
-    fn explain(&self, word: u32, gate_open: bool) -> Result<()> {
-        if self.closed.load(Ordering::Relaxed) {
-            return Err(Error::Closed);
-        }
-        let own = self.fault.load(Ordering::Relaxed);
-        if own != 0 {
-            return Err(Error::Faulted(Fault::from_number(own as u8)));
-        }
-        let shrunk = SHRUNK.load(Ordering::Acquire);
-        let mappings = [Some(&*self.ring), self.own_pool.as_ref(), self.peer_pool.as_ref()];
-        if mappings.into_iter().flatten().any(Mapping::shrunk) {
-            return Err(self.fail(Fault::Shrunk));
-        }
-        self.shrunk_seen.store(shrunk, Ordering::Relaxed);
-        match State::from_word(word) {
-            Some(State::Revoked) => Err(Error::Revoked),
-            Some(State::Moved) => Err(Error::Moved),
-            Some(State::Gone) => Err(Error::Gone),
-            Some(State::Faulted) => Err(Error::Faulted(Fault::from_number((word >> 8) as u8))),
-            Some(State::Open | State::Paused) if gate_open => Ok(()),
-            Some(State::Open | State::Paused) => Err(Error::Revoked),
-            None => Err(self.fail(Fault::State)),
-        }
-    }
-
-    pub fn paused(&self) -> bool {
-        State::from_word(self.ring.u32_at(layout::OFF_STATE).load(Ordering::Relaxed)) == Some(State::Paused)
-    }
-
-    /// Record a fault of the peer, tell it, and wake whoever waits at either end.
-    #[cold]
-    pub fn fail(&self, fault: Fault) -> Error {
-        if self.fault.compare_exchange(0, fault as u32, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
-            set_state(&self.ring, &self.bells, State::Faulted, Some(fault));
-        }
-        Error::Faulted(fault)
-    }
-
-    #[inline]
-    fn ring_peer(&self, word: &AtomicU32, wake: Wake) {
-        if wake.0 != 0 {
-            count(&self.counters.bells, 1);
-            bell::wake(word, wake, self.peer_bell());
-        }
-    }
-
-    /// Close this end and tell the other one, if the channel was still open. Idempotent.
-    pub fn close(&self) {
-        if self.closed.swap(true, Ordering::AcqRel) {
-            return;
-        }
-        let state = self.ring.u32_at(layout::OFF_STATE).load(Ordering::Acquire);
-        if matches!(State::from_word(state), Some(State::Open | State::Paused)) {
-            set_state(&self.ring, &self.bells, State::Gone, None);
-        } else {
-            set_state_unchanged(&self.ring, &self.bells);
-        }
-    }
-
-    pub fn closed(&self) -> bool {
-        self.closed.load(Ordering::Relaxed)
-    }
-
-    pub fn state_name(&self) -> &'static str {
-        match self.check() {
-            Ok(()) if self.paused() => "paused",
-            Ok(()) => "open",
-            Err(Error::Revoked) => "revoked",
-            Err(Error::Gone) => "gone",
-            Err(Error::Moved) => "moved",
-            Err(Error::Closed) => "closed",
-            Err(_) => "faulted",
-        }
-    }
-
-    /// Own payloads that are out: lent or sent, and not yet given back by the peer.
-    pub fn loans_out(&self) -> usize {
-        let mut allocations = lock(&self.allocations);
-        let _ = allocations
-            .collect(&self.ring, self.slots, self.own_direction())
-            .map_err(|fault| self.fail(fault));
-        allocations.out()
-    }
-
-    /// Take a loan back unsent.
-    pub fn cancel_loan(&self, token: u64) {
-        // Our own token: it is out until it is sent or given back, once.
-        let _ = lock(&self.allocations).free(token);
-    }
-
-    /// Give a received payload's memory back to its sender.
-    pub fn give_back(&self, token: u64) {
-        if self.closed() {
-            return;
-        }
-        let wake = lock(&self.returns).push(&self.ring, self.slots, self.peer_direction(), token);
-        let word = self.ring.u32_at(layout::OFF_DIRECTION[self.peer_direction()] + layout::DIR_ROOM_ARMED);
-        self.ring_peer(word, wake);
-    }
-
-    pub fn own_pool(&self) -> Option<&Mapping> {
-        self.own_pool.as_ref()
-    }
-
-    pub fn peer_pool(&self) -> Option<&Mapping> {
-        self.peer_pool.as_ref()
-    }
-
-    pub fn max_message(&self) -> usize {
-        self.own_pool.as_ref().map_or(INLINE_MAX, |pool| pool.len().max(INLINE_MAX))
-    }
-}
-
-/// Wake both ends without touching the state word (it already says why).
-fn set_state_unchanged(ring: &Mapping, bells: &[Bell; 2]) {
-    for control in layout::OFF_DIRECTION {
-        for armed in [layout::DIR_DATA_ARMED, layout::DIR_ROOM_ARMED] {
-            bell::wake(ring.u32_at(control + armed), Wake(crate::ring::ARMED_FUTEX), &bells[0]);
-        }
-    }
-}
 
 /// Open this end of a granted channel. Checks the header against the grant.
 pub fn open(grant: &Grant<'_>) -> Result<(Arc<Core>, Tx, Rx)> {
-    if !layout::slots_valid(grant.slots) {
-        return Err(Error::Faulted(Fault::Geometry));
-    }
-    sync::prepare();
-    let ring = Arc::new(Mapping::new(grant.ring, layout::ring_bytes(grant.slots), true)?);
-    check_header(&ring, grant)?;
-    let own = usize::from(grant.role == Role::Server);
-    let map = |index: usize, writable| -> Result<Option<Mapping>> {
-        match grant.pools[index] {
-            (Some(fd), bytes) if bytes > 0 => Mapping::new(fd, bytes, writable).map(Some),
-            _ => Ok(None),
-        }
-    };
-    let duplicate = |index: usize| {
-        Bell::duplicate(grant.bells[index]).map_err(|errno| Error::os("duplicating a doorbell", errno))
-    };
-    let own_pool = map(own, true)?;
-    let core = Arc::new(Core {
-        role: grant.role,
-        slots: grant.slots,
-        allocations: Mutex::new(Allocations::new(own_pool.as_ref().map_or(0, Mapping::len), grant.slots)),
-        own_pool,
-        peer_pool: map(1 - own, false)?,
-        bells: [duplicate(0)?, duplicate(1)?],
-        rights: grant.rights,
-        gate: grant.gate.map(|(fd, index)| Line::new(fd, index, grant.generation)).transpose()?,
-        returns: Mutex::new(Returns::new()),
-        fault: AtomicU32::new(0),
-        shrunk_seen: AtomicU32::new(SHRUNK.load(Ordering::Acquire)),
-        closed: AtomicBool::new(false),
-        counters: Counters::default(),
-        ring: ring.clone(),
-    });
-    let tx = Tx { mem: RingMemory::new(&ring, grant.slots, own), core: core.clone(), producer: Producer::new(), stalled: None };
-    let rx = Rx { mem: RingMemory::new(&ring, grant.slots, 1 - own), core: core.clone(), consumer: Consumer::new() };
+    let core = Core::open(grant)?;
+    let mem = |direction| RingMemory::new(&core.ring, core.slots, direction);
+    let tx = Tx { mem: mem(core.own_direction()), core: core.clone(), producer: Producer::new(), stalled: None };
+    let rx = Rx { mem: mem(core.peer_direction()), core: core.clone(), consumer: Consumer::new() };
     Ok((core, tx, rx))
-}
-
-fn check_header(ring: &Mapping, grant: &Grant<'_>) -> Result<()> {
-    let same = |offset, wanted, fault| {
-        let found = ring.u32_at(offset).load(Ordering::Relaxed);
-        if found == wanted { Ok(()) } else { Err(Error::Faulted(fault)) }
-    };
-    if ring.u64_at(layout::OFF_MAGIC).load(Ordering::Acquire) != layout::MAGIC {
-        return Err(Error::Faulted(Fault::Magic));
-    }
-    same(layout::OFF_VERSION, layout::LAYOUT_VERSION, Fault::Version)?;
-    same(layout::OFF_SLOTS, grant.slots, Fault::Geometry)?;
-    same(layout::OFF_GENERATION, grant.generation, Fault::Generation)
 }
 
 /// The sending half.
@@ -445,9 +122,7 @@ impl Tx {
 
     fn collect(&self) -> Result<usize> {
         let core = &self.core;
-        lock(&core.allocations)
-            .collect(&core.ring, core.slots, core.own_direction())
-            .map_err(|fault| core.fail(fault))
+        lock(&core.allocations).collect(&core.ring, core.slots, core.own_direction()).map_err(|fault| core.fail(fault))
     }
 
     /// Put a message into the burst: inline when it fits, else copied into the pool. `Full` leaves nothing behind.
@@ -512,13 +187,6 @@ impl Tx {
 
     pub fn core(&self) -> &Arc<Core> {
         &self.core
-    }
-}
-
-impl Core {
-    #[inline]
-    fn paused_now(&self) -> bool {
-        self.ring.u32_at(layout::OFF_STATE).load(Ordering::Relaxed) == State::Paused as u32
     }
 }
 

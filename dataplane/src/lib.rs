@@ -13,13 +13,15 @@ pub mod bell;
 #[cfg(not(loom))]
 pub mod channel;
 #[cfg(not(loom))]
+pub mod core;
+#[cfg(not(loom))]
 pub mod engine;
 #[cfg(not(loom))]
 pub mod gate;
 #[cfg(not(loom))]
-pub mod pool;
-#[cfg(not(loom))]
 pub mod poller;
+#[cfg(not(loom))]
+pub mod pool;
 #[cfg(not(loom))]
 mod ringmem;
 #[cfg(not(loom))]

@@ -149,7 +149,8 @@ impl Consumer {
     fn refresh(&mut self, mem: &impl Memory) -> Result<u64, Fault> {
         let tail = mem.tail().load(Ordering::Acquire);
         // Never backwards, and never more than fits after what we have given back.
-        if tail.wrapping_sub(self.released) > mem.capacity() || tail.wrapping_sub(self.released) < self.tail - self.released
+        if tail.wrapping_sub(self.released) > mem.capacity()
+            || tail.wrapping_sub(self.released) < self.tail - self.released
         {
             return Err(Fault::Index);
         }

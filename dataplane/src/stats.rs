@@ -15,8 +15,26 @@ pub const LINES: usize = 16;
 pub const RECORD: usize = 256;
 pub const BYTES: usize = LINES * RECORD;
 pub const FIELDS: [&str; 21] = [
-    "polls", "work", "busy_ns", "heartbeat_ns", "channels", "delay_0", "delay_1", "delay_2", "delay_3", "delay_4",
-    "delay_5", "delay_6", "delay_7", "delay_8", "delay_9", "delay_10", "delay_11", "delay_12", "delay_13", "delay_14",
+    "polls",
+    "work",
+    "busy_ns",
+    "heartbeat_ns",
+    "channels",
+    "delay_0",
+    "delay_1",
+    "delay_2",
+    "delay_3",
+    "delay_4",
+    "delay_5",
+    "delay_6",
+    "delay_7",
+    "delay_8",
+    "delay_9",
+    "delay_10",
+    "delay_11",
+    "delay_12",
+    "delay_13",
+    "delay_14",
     "delay_15",
 ];
 

@@ -10,10 +10,10 @@ pub use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 #[cfg(not(loom))]
 pub use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-#[cfg(loom)]
-pub use self::symmetric::{heavy_fence, light_fence};
 #[cfg(not(loom))]
 pub use self::asymmetric::{heavy_fence, light_fence, prepare};
+#[cfg(loom)]
+pub use self::symmetric::{heavy_fence, light_fence};
 
 #[cfg(loom)]
 mod symmetric {

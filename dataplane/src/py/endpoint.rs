@@ -167,7 +167,12 @@ impl Endpoint {
     }
 
     #[pyo3(signature = (timeout=None, wait=1))]
-    fn recv_tagged<'py>(&self, py: Python<'py>, timeout: Option<f64>, wait: u8) -> PyResult<(u64, Bound<'py, PyBytes>)> {
+    fn recv_tagged<'py>(
+        &self,
+        py: Python<'py>,
+        timeout: Option<f64>,
+        wait: u8,
+    ) -> PyResult<(u64, Bound<'py, PyBytes>)> {
         let mut rx = self.rx.enter(py)?;
         match next(py, &mut rx, timeout, wait)? {
             Some(header) => Ok((header.tag, take_bytes(py, &mut rx, header)?)),
@@ -234,7 +239,13 @@ impl Endpoint {
     }
 
     #[pyo3(signature = (limit, timeout=None, wait=1))]
-    fn recv_many<'py>(&self, py: Python<'py>, limit: usize, timeout: Option<f64>, wait: u8) -> PyResult<Bound<'py, PyList>> {
+    fn recv_many<'py>(
+        &self,
+        py: Python<'py>,
+        limit: usize,
+        timeout: Option<f64>,
+        wait: u8,
+    ) -> PyResult<Bound<'py, PyList>> {
         let mut rx = self.rx.enter(py)?;
         let mut found = Vec::with_capacity(limit.min(256));
         if limit > 0 {
@@ -298,7 +309,14 @@ impl Endpoint {
     }
 
     #[pyo3(signature = (out, size, timeout=None, wait=1))]
-    fn recv_packed(&self, py: Python<'_>, out: &Bound<'_, PyAny>, size: usize, timeout: Option<f64>, wait: u8) -> PyResult<usize> {
+    fn recv_packed(
+        &self,
+        py: Python<'_>,
+        out: &Bound<'_, PyAny>,
+        size: usize,
+        timeout: Option<f64>,
+        wait: u8,
+    ) -> PyResult<usize> {
         let mut rx = self.rx.enter(py)?;
         let mut buffer = Buffer::get(out, true)?;
         if size == 0 {
@@ -441,9 +459,8 @@ impl Endpoint {
 
 /// A burst that was cut short: how much of it went out matters more than why, unless nothing did.
 fn partial(py: Python<'_>, error: PyErr, sent: usize) -> PyResult<usize> {
-    let full = ["FullError", "DeadlineError"].iter().any(|name| {
-        error.get_type(py).name().is_ok_and(|class| class == *name)
-    });
+    let full =
+        ["FullError", "DeadlineError"].iter().any(|name| error.get_type(py).name().is_ok_and(|class| class == *name));
     if full || sent > 0 && !error.is_instance_of::<pyo3::exceptions::PyKeyboardInterrupt>(py) {
         return Ok(sent);
     }

@@ -75,7 +75,11 @@ impl ChannelControl {
             let tail = ring.u64_at(control + layout::DIR_TAIL).load(Ordering::Relaxed);
             let head = ring.u64_at(control + layout::DIR_HEAD).load(Ordering::Relaxed);
             let depth = tail.wrapping_sub(head);
-            if depth <= u64::from(self.slots) { depth as i64 } else { -1 }
+            if depth <= u64::from(self.slots) {
+                depth as i64
+            } else {
+                -1
+            }
         };
         Ok((depth(0), depth(1)))
     }

@@ -105,7 +105,10 @@ impl Poller {
 
     fn remove(&self, endpoint: &Bound<'_, Endpoint>) {
         self.poller.remove(endpoint.get().core().own_bell());
-        let removed: Vec<_> = self.members().extract_if(.., |member| member.endpoint.is(endpoint)).collect();
+        let mut members = self.members();
+        let removed = members.iter().position(|member| member.endpoint.is(endpoint)).map(|at| members.swap_remove(at));
+        // Dropped without the lock: the last reference may run Python code.
+        drop(members);
         drop(removed);
     }
 
@@ -202,7 +205,9 @@ impl Worker {
         let channel = engine::Channel { id: channel, tx: endpoint.tx().take(py)?, rx: endpoint.rx().take(py)? };
         match py.detach(|| self.worker().attach(channel, MAILBOX_TIMEOUT)) {
             Ok(true) => Ok(()),
-            Ok(false) => Err(raise(py, "DeadlineError", "the engine did not look into its mailbox", "it hangs: restart it")),
+            Ok(false) => {
+                Err(raise(py, "DeadlineError", "the engine did not look into its mailbox", "it hangs: restart it"))
+            }
             Err(error) => Err(convert(py, error)),
         }
     }
