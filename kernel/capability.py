@@ -1,8 +1,8 @@
 """The capability table: who holds which right on what. No I/O and no clock: times come in as `now`.
 
-A *capability* is (object, rights, badge, owner, parent, expiry). Its holder names it by a *handle*, a small integer
-of the holder's own table; a handle's upper bits count how often its slot was used, so one kept after a revocation
-names nothing instead of what took the slot next. Everything derived from a capability is its descendant and goes when
+A *capability* is (object, rights, badge, owner, parent, expiry). Its holder names it by a *handle*, an integer of the
+holder's own table: the slot in the lower bits, above it a generation that no other handle ever has, so that one kept
+after a revocation, or heard from another principal, names nothing instead of what took the slot next. Everything derived from a capability is its descendant and goes when
 it goes. Asking for more than one holds is a DeniedError, never silently less.
 
 Memory is bounded: a principal holds at most `quota` capabilities that it obtained itself and as many that others gave
@@ -12,8 +12,9 @@ it. The two are counted apart, so that nobody can use up another's quota by givi
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NoReturn
 
 import msgspec
@@ -82,12 +83,15 @@ class _Slot:
 class _Principal:
     """One holder and its handles."""
 
-    def __init__(self, name: str, badge: str, pid: int | None, quota: int) -> None:
+    def __init__(
+        self, name: str, badge: str, pid: int | None, quota: int, generations: Iterator[int]
+    ) -> None:
         self.name = name
         self.badge = badge
         self.pid = pid
         self.quota = quota
         self.held = {False: 0, True: 0}  # by Capability.given
+        self._generations = generations
         self._slots: list[_Slot] = []
         self._free: list[int] = []
 
@@ -98,7 +102,7 @@ class _Principal:
             self._slots.append(_Slot())
         index = self._free.pop()
         slot = self._slots[index]
-        slot.generation += 1
+        slot.generation = next(self._generations)
         slot.cap = cap
         self.held[given] += 1
         return slot.generation << _SLOT_BITS | index
@@ -130,6 +134,7 @@ class CapabilityTable:
         self._caps: dict[int, Capability] = {}
         self._children: dict[int, dict[int, None]] = {}
         self._expiries: list[tuple[float, int]] = []
+        self._generations = itertools.count(1)
         self._last_id = 0
 
     def __len__(self) -> int:
@@ -147,7 +152,7 @@ class CapabilityTable:
             raise UsageError(f"{owner} already has a table of capabilities")
         if not 1 <= quota <= _SLOT_MASK // 2:
             raise UsageError(f"a quota of {quota} handles is not within 1 to {_SLOT_MASK // 2}")
-        self._principals[owner] = _Principal(owner, badge, pid, quota)
+        self._principals[owner] = _Principal(owner, badge, pid, quota, self._generations)
 
     def drop_owner(self, owner: str, reason: str = "its owner is gone") -> list[Capability]:
         """Revoke all that `owner` holds with everything derived from it, and forget `owner`."""
