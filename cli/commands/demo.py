@@ -124,10 +124,8 @@ def _transfer(
     written.mkdir()
     interrupt = None if restart == "none" else _interruption(operator, restart)
     with stage.Writer(runtime_dir, written) as writer:
-        with (
-            client.open("relay-in", up_bytes=POOL_BYTES, wait=READY_SECONDS) as channel,
-            _progress("sending", len(tree.chunks)) as on_progress,
-        ):
+        with _progress("sending", len(tree.chunks)) as on_progress:
+            channel = client.open("relay-in", up_bytes=POOL_BYTES, wait=READY_SECONDS)
             sender = Sender(channel, tree, window, on_progress, writer.check, interrupt)
             begin = time.monotonic()
             sender.run()

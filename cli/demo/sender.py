@@ -21,7 +21,7 @@ STALL_SECONDS = 60.0
 
 
 class Sender:
-    """Sends until the writer has acknowledged everything; `on_progress(acknowledged)` is called as it goes.
+    """Owns `channel`, and sends until the writer has acknowledged everything; `on_progress(acknowledged)` is called as it goes.
 
     `on_wait` is called now and then while nothing moves, and may raise.
 
@@ -59,6 +59,7 @@ class Sender:
                 self._step_or_reopen()
         finally:
             self._close_file()
+            self.channel.close()
 
     def _step_or_reopen(self) -> None:
         try:
