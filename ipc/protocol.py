@@ -6,7 +6,7 @@ Three conversations, all msgpack by msgspec, a tagged union each way:
 * *link* (SEQPACKET socketpair, inherited): a module and the kernel; the same requests, plus the kernel's orders.
 * *control* (ZeroMQ ROUTER `control.sock`, PUB `events.sock`): operators and the kernel; no descriptors.
 
-A message is one datagram of at most `MAX_MESSAGE` bytes; descriptors ride with the datagram that names them in
+A message is one datagram of at most `MAX_MESSAGE` bytes (an answer of the control plane: `MAX_CONTROL`); descriptors ride with the datagram that names them in
 the order that its class states. Everything received is hostile until decoded: decoding errors are
 `ProtocolError` at the receiver, who answers with `Failure` where it still can.
 """
@@ -21,6 +21,7 @@ from snap.dataplane.errors import ProtocolError, SnapError, from_code
 
 PROTOCOL_VERSION: Final = 1
 MAX_MESSAGE: Final = 64 * 1024
+MAX_CONTROL: Final = 16 * 1024 * 1024
 MAX_FDS: Final = 16
 
 
@@ -363,11 +364,11 @@ ToModule = Configure | Attach | Detach | Stop | Found | Opened | Ready | Caps | 
 _encoder = msgspec.msgpack.Encoder()
 
 
-def encode(message: msgspec.Struct) -> bytes:
-    """Encode any message of this file. Raises ProtocolError when it is larger than `MAX_MESSAGE`."""
+def encode(message: msgspec.Struct, limit: int = MAX_MESSAGE) -> bytes:
+    """Encode any message of this file. Raises ProtocolError when it is larger than `limit` bytes."""
     data = _encoder.encode(message)
-    if len(data) > MAX_MESSAGE:
-        raise ProtocolError(f"{type(message).__name__} of {len(data)} bytes exceeds {MAX_MESSAGE}")
+    if len(data) > limit:
+        raise ProtocolError(f"{type(message).__name__} of {len(data)} bytes exceeds {limit}")
     return data
 
 
@@ -377,13 +378,14 @@ T = TypeVar("T")
 class Decoder(Generic[T]):
     """Decodes one direction of a conversation; `kinds` is one of the unions above or a single struct type."""
 
-    def __init__(self, kinds: Any) -> None:
+    def __init__(self, kinds: Any, limit: int = MAX_MESSAGE) -> None:
+        self._limit = limit
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kinds)
 
     def decode(self, data: bytes) -> T:
         """Raises ProtocolError, naming what is wrong."""
-        if len(data) > MAX_MESSAGE:
-            raise ProtocolError(f"message of {len(data)} bytes exceeds {MAX_MESSAGE}")
+        if len(data) > self._limit:
+            raise ProtocolError(f"message of {len(data)} bytes exceeds {self._limit}")
         try:
             return self._decoder.decode(data)
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
