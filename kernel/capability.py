@@ -1,9 +1,8 @@
 """The capability table: who holds which right on what. No I/O and no clock: times come in as `now`.
 
-A *capability* is (object, rights, badge, owner, parent, expiry). Its holder names it by a *handle*, an integer of the
-holder's own table: the slot in the lower bits, above it a generation that no other handle ever has, so that one kept
-after a revocation, or heard from another principal, names nothing instead of what took the slot next. Everything derived from a capability is its descendant and goes when
-it goes. Asking for more than one holds is a DeniedError, never silently less.
+A *capability* is (object, rights, badge, owner, parent, expiry). Its holder names it by a *handle* of the holder's own
+table (`handles.py`). Everything derived from a capability is its descendant and goes when it goes. Asking for more than
+one holds is a DeniedError, never silently less.
 
 Memory is bounded: a principal holds at most `quota` capabilities that it obtained itself and as many that others gave
 it. The two are counted apart, so that nobody can use up another's quota by giving.
@@ -14,7 +13,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Final, NoReturn
 
 import msgspec
@@ -23,6 +22,7 @@ from snap.dataplane.errors import DeniedError, HandleError, NotFoundError, Quota
 from snap.ipc.protocol import CapView
 
 from .audit import AuditRecord
+from .handles import MAX_HANDLES, Principal
 
 RIGHTS: Final = {
     "service": frozenset({"connect", "send", "recv", "copy", "move", "delegate", "inspect"}),
@@ -36,8 +36,6 @@ MAX_DEPTH: Final = 16
 """Derivations between a minted capability and its furthest descendant."""
 
 DEFAULT_QUOTA: Final = 256
-_SLOT_BITS: Final = 16
-_SLOT_MASK: Final = (1 << _SLOT_BITS) - 1
 
 
 class Capability(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,65 +70,12 @@ class Capability(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class _Slot:
-    __slots__ = ("cap", "generation")
-
-    def __init__(self) -> None:
-        self.generation = 0
-        self.cap: int | None = None
-
-
-class _Principal:
-    """One holder and its handles."""
-
-    def __init__(
-        self, name: str, badge: str, pid: int | None, quota: int, generations: Iterator[int]
-    ) -> None:
-        self.name = name
-        self.badge = badge
-        self.pid = pid
-        self.quota = quota
-        self.held = {False: 0, True: 0}  # by Capability.given
-        self._generations = generations
-        self._slots: list[_Slot] = []
-        self._free: list[int] = []
-
-    def insert(self, cap: int, given: bool) -> int:
-        """The new handle. The caller has looked at the quota."""
-        if not self._free:
-            self._free.append(len(self._slots))
-            self._slots.append(_Slot())
-        index = self._free.pop()
-        slot = self._slots[index]
-        slot.generation = next(self._generations)
-        slot.cap = cap
-        self.held[given] += 1
-        return slot.generation << _SLOT_BITS | index
-
-    def remove(self, handle: int, given: bool) -> None:
-        index = handle & _SLOT_MASK
-        self._slots[index].cap = None
-        self._free.append(index)
-        self.held[given] -= 1
-
-    def find(self, handle: int) -> int | None:
-        """The id of the capability behind `handle`, None for a stale or forged one."""
-        index = handle & _SLOT_MASK
-        if handle < 0 or index >= len(self._slots):
-            return None
-        slot = self._slots[index]
-        return slot.cap if slot.generation == handle >> _SLOT_BITS else None
-
-    def ids(self) -> list[int]:
-        return [slot.cap for slot in self._slots if slot.cap is not None]
-
-
 class CapabilityTable:
     """All capabilities of a kernel. Every change and every refusal is told to `audit`."""
 
     def __init__(self, audit: Callable[[AuditRecord], None]) -> None:
         self._audit = audit
-        self._principals: dict[str, _Principal] = {}
+        self._principals: dict[str, Principal] = {}
         self._caps: dict[int, Capability] = {}
         self._children: dict[int, dict[int, None]] = {}
         self._expiries: list[tuple[float, int]] = []
@@ -150,9 +95,9 @@ class CapabilityTable:
         """Give `owner` an empty table; `badge` is how providers see it. Raises UsageError when it has one."""
         if owner in self._principals:
             raise UsageError(f"{owner} already has a table of capabilities")
-        if not 1 <= quota <= _SLOT_MASK // 2:
-            raise UsageError(f"a quota of {quota} handles is not within 1 to {_SLOT_MASK // 2}")
-        self._principals[owner] = _Principal(owner, badge, pid, quota, self._generations)
+        if not 1 <= quota <= MAX_HANDLES // 2:
+            raise UsageError(f"a quota of {quota} handles is not within 1 to {MAX_HANDLES // 2}")
+        self._principals[owner] = Principal(owner, badge, pid, quota, self._generations)
 
     def drop_owner(self, owner: str, reason: str = "its owner is gone") -> list[Capability]:
         """Revoke all that `owner` holds with everything derived from it, and forget `owner`."""
@@ -302,7 +247,7 @@ class CapabilityTable:
 
     # -- inside ---------------------------------------------------------------------------------------------
 
-    def _principal(self, owner: str) -> _Principal:
+    def _principal(self, owner: str) -> Principal:
         principal = self._principals.get(owner)
         if principal is None:
             raise NotFoundError(f"no principal is named {owner}", "see `snapctl cap list`")
@@ -328,7 +273,7 @@ class CapabilityTable:
             self._deny(action, denied, owner, cap, {right})
         return cap
 
-    def _receiver(self, action: str, cap: Capability, to: str) -> _Principal:
+    def _receiver(self, action: str, cap: Capability, to: str) -> Principal:
         receiver = self._principals.get(to)
         if receiver is None:
             self._deny(action, NotFoundError(f"no principal is named {to}"), cap.owner, cap)
@@ -337,7 +282,7 @@ class CapabilityTable:
         return receiver
 
     def _require_room(
-        self, action: str, receiver: _Principal, given: bool, source: Capability | None, rights: Iterable[str]
+        self, action: str, receiver: Principal, given: bool, source: Capability | None, rights: Iterable[str]
     ) -> None:
         if receiver.held[given] >= receiver.quota:
             what = "from others" if given else "of its own"
@@ -350,7 +295,7 @@ class CapabilityTable:
         self,
         action: str,
         parent: Capability,
-        receiver: _Principal,
+        receiver: Principal,
         rights: frozenset[str],
         now: float,
         lifetime: float | None = None,
@@ -392,7 +337,7 @@ class CapabilityTable:
     def _insert(
         self,
         action: str,
-        receiver: _Principal,
+        receiver: Principal,
         object: str,
         rights: frozenset[str],
         expires: float | None,
