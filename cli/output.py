@@ -89,7 +89,8 @@ def _with_times(data: Any) -> Any:
     for key, value in data.items():
         if key in TIMES and isinstance(value, int | float):
             found[key] = rfc3339(value)
-            found[f"{key}_ns"] = round(value * 1e9)
+            # A double holds microseconds of our days, and no more.
+            found[f"{key}_ns"] = round(value * 1e6) * 1000
         else:
             # What an event carries is its sender's own: names in there say nothing about units.
             found[key] = value if key == "data" else _with_times(value)

@@ -526,7 +526,7 @@ def complete(words: str, directory: Path) -> list[str]:
         SNAP_RUNTIME_DIR=str(directory),
     )
     assert done.stderr == ""
-    return [line.partition(",")[2] for line in done.stdout.splitlines()]
+    return [line.partition(",")[2] for line in done.stdout.splitlines() if line]
 
 
 def test_commands_and_the_kernels_names_are_completed(kernel: PlayedKernel) -> None:

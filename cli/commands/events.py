@@ -38,9 +38,8 @@ def events(settings: Settings, follow: bool, since: int, kind: str | None) -> No
             _print(settings.output, event)
         return
     with control(settings) as client:
-        for event in client.events(since=since):
-            if fnmatchcase(event.kind, wanted):
-                _print(settings.output, event)
+        for event in client.events([wanted], since):
+            _print(settings.output, event)
 
 
 def _past(settings: Settings, since: int, wanted: str) -> list[EventView]:

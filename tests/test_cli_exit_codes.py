@@ -1,0 +1,246 @@
+"""The exit codes that `snapctl --help` promises, each from a real process against a real kernel."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+SNAPCTL = (sys.executable, "-m", "snap.cli")
+LOOK_ONLY = """
+version = 1
+[[operator]]
+who = "owner"
+rights = ["inspect"]
+"""
+CRASHING = {
+    "module.toml": """
+[module]
+name = "crashing"
+version = "0.1.0"
+[provides.crashing]
+engine = "main"
+[engines.main]
+class = "engine:Crashing"
+[restart]
+policy = "never"
+""",
+    "__init__.py": "",
+    "engine.py": "raise RuntimeError('it is broken')\n",
+}
+
+
+class Kernel:
+    """A runtime directory and snapctl commands on it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __call__(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*SNAPCTL, "--runtime-dir", str(self.directory), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
+        )
+
+    def code(self, *arguments: object) -> int:
+        """The exit code; a failure must have said what to do next."""
+        done = self(*arguments)
+        if done.returncode:
+            assert "hint: " in done.stderr, done.stderr
+            assert "Traceback" not in done.stderr
+        return done.returncode
+
+    @contextmanager
+    def up(self, *options: object) -> Iterator[int]:
+        """A kernel for a while; yields its pid."""
+        started = self("up", "-o", "name", *options)
+        assert started.returncode == 0, started.stderr
+        pidfd = os.pidfd_open(int(started.stdout))
+        try:
+            yield int(started.stdout)
+        finally:
+            self("down", "--timeout", 10)
+            if not gone(pidfd, 0):
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+                    signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+                    if not gone(pidfd, 10):
+                        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
+
+
+def gone(pidfd: int, seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> Kernel:
+    return Kernel(tmp_path / "run")
+
+
+def test_0_up_status_and_down_leave_nothing(kernel: Kernel) -> None:
+    up = kernel("up")
+    assert up.returncode == 0, up.stderr
+    assert str(kernel.directory) in up.stdout
+    status = json.loads(kernel("status", "-o", "json").stdout)
+    assert status["kind"] == "Kernel"
+    assert f"kernel {status['pid']} " in up.stdout
+    pidfd = os.pidfd_open(status["pid"])
+    try:
+        assert kernel.code("down") == 0
+        assert gone(pidfd, 0)
+    finally:
+        os.close(pidfd)
+    assert not list(kernel.directory.glob("*.sock"))
+
+
+def test_1_a_module_that_breaks_is_a_failure_that_names_the_cause(kernel: Kernel, tmp_path: Path) -> None:
+    package = tmp_path / "modules" / "crashing"
+    package.mkdir(parents=True)
+    for name, text in CRASHING.items():
+        (package / name).write_text(text)
+    with kernel.up("--module-path", tmp_path / "modules"):
+        assert kernel.code("module", "start", "crashing") == 1
+        shown = json.loads(kernel("module", "show", "crashing", "-o", "json").stdout)
+        assert shown["state"] == "failed"
+        assert "it is broken" in kernel("status").stdout
+
+
+def test_2_usage_and_policy(kernel: Kernel, tmp_path: Path) -> None:
+    assert kernel("no-such-command").returncode == 2
+    assert kernel("module", "logs", "echo", "-n", "none").returncode == 2
+    (tmp_path / "policy.toml").write_text("version = 'one'\n")
+    refused = kernel("up", "--policy", tmp_path / "policy.toml")
+    assert refused.returncode == 2
+    assert "policy.toml" in refused.stderr
+    assert kernel.code("status") == 9
+
+
+def test_4_no_such_object(kernel: Kernel) -> None:
+    with kernel.up():
+        for command in ("module show nix", "module start nix", "module logs nix", "cap inspect 987654"):
+            assert kernel.code(*command.split()) == 4, command
+
+
+def test_5_denied(kernel: Kernel, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text(LOOK_ONLY)
+    with kernel.up("--policy", policy):
+        assert kernel.code("status") == 0
+        assert kernel.code("module", "start", "echo") == 5
+        assert kernel.code("down") == 5
+        assert kernel("cap", "why", f"uid:{os.getuid()}", "echo").returncode == 5
+
+
+def test_6_a_second_up_is_refused_with_the_pid_of_the_first(kernel: Kernel) -> None:
+    with kernel.up() as pid:
+        second = kernel("up")
+        assert second.returncode == 6
+        assert f"pid {pid}," in second.stderr
+        assert kernel.code("status") == 0
+
+
+def test_7_a_stopped_kernel_is_a_deadline_and_force_ends_it(kernel: Kernel) -> None:
+    with kernel.up() as pid:
+        os.kill(pid, signal.SIGSTOP)
+        assert kernel.code("status", "--timeout", 0.5) == 7
+        assert kernel.code("down", "--timeout", 0.5) == 7
+        assert kernel.code("up") == 6
+        forced = kernel("down", "--force", "--timeout", 0.5)
+        assert forced.returncode == 0, forced.stderr
+        assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
+
+
+def test_9_a_dead_kernel_does_not_answer_and_a_new_one_takes_its_place(kernel: Kernel) -> None:
+    with kernel.up() as pid:
+        pidfd = os.pidfd_open(pid)
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        assert gone(pidfd, 10)
+        os.close(pidfd)
+        assert kernel.code("status") == 9
+        assert kernel.code("down") == 9
+        with kernel.up() as second:
+            assert second != pid
+
+
+def test_130_ctrl_c_ends_following_cleanly(kernel: Kernel) -> None:
+    with kernel.up():
+        process = subprocess.Popen(
+            [*SNAPCTL, "--runtime-dir", str(kernel.directory), "events", "-f", "-o", "json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["kind"] == "Event"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+        assert (process.returncode, said.strip()) == (130, "")
+
+
+def test_a_module_is_started_stopped_and_restarted(kernel: Kernel) -> None:
+    with kernel.up():
+        assert kernel.code("module", "start", "echo") == 0
+        first = json.loads(kernel("module", "show", "echo", "-o", "json").stdout)
+        assert first["state"] == "ready"
+        assert kernel.code("module", "restart", "echo") == 0
+        second = json.loads(kernel("module", "show", "echo", "-o", "json").stdout)
+        assert second["state"] == "ready"
+        assert second["pid"] != first["pid"]
+        assert second["generation"] > first["generation"]
+        assert kernel.code("module", "stop", "echo") == 0
+        assert json.loads(kernel("module", "show", "echo", "-o", "json").stdout)["pid"] is None
+        kinds = [event["kind"] for event in json.loads(kernel("events", "-o", "json").stdout)["items"]]
+        assert "module.ready" in kinds
+
+
+def test_a_new_module_runs(kernel: Kernel, tmp_path: Path) -> None:
+    made = kernel("module", "new", "fresh", "--path", tmp_path / "own")
+    assert made.returncode == 0, made.stderr
+    with kernel.up("--module-path", tmp_path / "own"):
+        assert kernel.code("module", "start", "fresh") == 0
+        assert kernel("module", "list", "-o", "name").stdout.split().count("fresh") == 1
+        allowed = kernel("cap", "why", f"uid:{os.getuid()}", "fresh", "connect")
+        assert allowed.returncode == 0, allowed.stdout
+
+
+def test_a_kernel_in_the_foreground_is_this_process_and_ends_with_a_signal(kernel: Kernel) -> None:
+    process = subprocess.Popen(
+        [*SNAPCTL, "--runtime-dir", str(kernel.directory), "up", "--foreground"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while (status := kernel("status", "-o", "name")).returncode == 9 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert status.stdout == f"{process.pid}\n"
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def test_a_kernel_that_cannot_start_says_why_here(kernel: Kernel) -> None:
+    kernel.directory.mkdir()
+    kernel.directory.chmod(0o777)
+    failed = kernel("up")
+    assert failed.returncode not in (0, 9)
+    assert "kernel: " in failed.stderr
+    assert "hint: " in failed.stderr
