@@ -1,0 +1,192 @@
+"""`snap-kernel`: the process around the kernel: options, lock, signals, service manager, order of coming and going."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import fcntl
+import os
+import resource
+import signal
+import stat
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+import setproctitle
+
+from snap.dataplane.errors import BusyError, DeniedError, ResourceError, SnapError
+from snap.ipc import paths
+
+from . import policy, sdnotify
+from .control import Control
+from .kernel import VERSION, Kernel, Settings
+from .operators import Operators
+
+DESCRIPTION: Final = """\
+The kernel of Snap: starts modules, each in a process of its own, gives applications channels to them where
+the policy allows it, and keeps all of that going. It runs in the foreground; `snapctl up` puts it into the
+background.
+"""
+EXAMPLES: Final = """\
+examples:
+  snap-kernel                                 serve the user's own runtime directory
+  snap-kernel --runtime-dir /tmp/try          try something beside it
+  snap-kernel --module-path ~/modules         with modules of your own, one directory each
+  snap-kernel --policy policy.toml            who may use what; without one: its own user everything
+  snap-kernel ctl status                      the same as `snapctl status`
+
+It stops in order on SIGTERM, SIGINT or `snapctl down`. Exit codes: 0 stopped as asked, 1 failed, 2 usage (options,
+policy), 6 another kernel serves that runtime directory.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(
+        "snap-kernel",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_argument(
+        "--runtime-dir",
+        type=Path,
+        metavar="DIR",
+        help="sockets, logs and lock; default: $SNAP_RUNTIME_DIR or the user's own",
+    )
+    options.add_argument(
+        "--policy", type=Path, metavar="FILE", help="TOML; default: the owner may do everything"
+    )
+    options.add_argument(
+        "--module-path",
+        type=Path,
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="look for modules here too; repeatable",
+    )
+    options.add_argument("--foreground", action="store_true", help="log to standard error as well")
+    options.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    options.add_argument("--version", action="version", version=f"snap-kernel {VERSION}")
+    return options
+
+
+def prepare(directory: Path) -> None:
+    """Make the runtime directory. Raises DeniedError when others could tamper with it, ResourceError."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = directory.stat()
+    except OSError as error:
+        raise ResourceError(
+            f"cannot use {directory}: {error.strerror}", "choose another --runtime-dir"
+        ) from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise DeniedError(
+            f"{directory} is not this user's alone",
+            f"chmod go-w {directory}, or choose another --runtime-dir",
+        )
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the runtime directory. Raises BusyError naming the pid of the kernel that holds it."""
+    fd = os.open(directory / paths.LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(
+                f"a kernel serves {directory} already: pid {_holder(fd)}",
+                "stop it with `snapctl down`, or choose another --runtime-dir",
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        try:
+            yield
+        finally:
+            os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)
+
+
+def _holder(fd: int) -> str:
+    for _ in range(20):
+        if pid := os.pread(fd, 32, 0).strip():
+            return pid.decode("ascii", "replace")
+        time.sleep(0.05)  # it has the lock, and writes its pid next
+    return "unknown"
+
+
+async def serve(settings: Settings) -> None:
+    """Run a kernel until it is told to stop. Raises SnapError, OSError."""
+    loop = asyncio.get_running_loop()
+    activated = sdnotify.activated_sockets()
+    listener = activated.pop("bootstrap", None)
+    for name, sock in activated.items():
+        sock.close()
+        raise ResourceError(
+            f"activated socket {name!r} is unknown here", "name it bootstrap in the socket unit"
+        )
+    if listener is None:
+        # We hold the lock: whatever socket is there was left by a kernel that died.
+        with suppress(FileNotFoundError):
+            (settings.runtime_dir / paths.BOOTSTRAP).unlink()
+    kernel = Kernel(settings, listener)
+    control = Control(settings.runtime_dir, Operators(kernel), kernel.events)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, kernel.stopping.set)
+    watchdog = loop.create_task(_feed_watchdog())
+    try:
+        kernel.autostart()
+        sdnotify.notify("READY=1", f"STATUS=serving {settings.runtime_dir}")
+        await kernel.stopping.wait()
+    finally:
+        sdnotify.notify("STOPPING=1")
+        await kernel.stop()
+        watchdog.cancel()
+        await control.close()
+        kernel.close()
+
+
+async def _feed_watchdog() -> None:
+    interval = sdnotify.watchdog_interval()
+    while interval is not None:
+        sdnotify.notify("WATCHDOG=1")
+        await asyncio.sleep(interval)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["ctl"]:
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "snap.cli", *arguments[1:]])
+    options = parser().parse_args(arguments)
+    setproctitle.setproctitle("snap: kernel")
+    os.umask(0o077)
+    try:
+        settings = Settings(
+            runtime_dir=paths.runtime_dir(options.runtime_dir),
+            policy=policy.load(options.policy),
+            module_path=[path.absolute() for path in options.module_path],
+            foreground=options.foreground,
+            log_level=options.log_level,
+        )
+        prepare(settings.runtime_dir)
+        with locked(settings.runtime_dir):
+            _raise_descriptor_limit()
+            asyncio.run(serve(settings))
+    except SnapError as error:
+        print(f"snap-kernel: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"snap-kernel: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _raise_descriptor_limit() -> None:
+    """A channel takes five descriptors while it is made: use what the hard limit gives."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

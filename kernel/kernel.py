@@ -1,0 +1,272 @@
+"""The kernel: all parts put together, in the order in which they come up and go down."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from snap.dataplane.errors import NotFoundError, NotRunningError, SnapError
+from snap.ipc import paths
+from snap.ipc.discovery import Found, Problem, discover
+from snap.ipc.protocol import KernelView, ModuleView
+from snap.ipc.segment import reclaim
+
+from . import bootstrap, graph, operations, supervision
+from .audit import AuditLog, AuditRecord
+from .broker import Broker
+from .capability import CapabilityTable
+from .desk import Desk
+from .events import Events
+from .policy import Identity, Policy
+from .runner import Hooks, Runner
+from .supervision import Limits, Supervision
+
+HOST: Final = (sys.executable, "-P", "-m", "snap.modules.host")
+HEARTBEAT_PERIOD: Final = 1.0
+VERSION: Final = "0.1.0"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`host` is the command that becomes a module's process; `limits` is how patient supervision is."""
+
+    runtime_dir: Path
+    policy: Policy
+    module_path: Sequence[Path] = ()
+    foreground: bool = False
+    log_level: str = "info"
+    host: Sequence[str] = HOST
+    limits: Limits = field(default_factory=Limits)
+
+
+class Kernel:
+    """Make it inside a running event loop, holding the lock of its runtime directory; `close` it after `stop`."""
+
+    def __init__(self, settings: Settings, listener: socket.socket | None = None) -> None:
+        """`listener` is an activated bootstrap socket. Raises SnapError, OSError; then nothing is left open."""
+        directory = settings.runtime_dir
+        self.settings, self.policy, self.uid = settings, settings.policy, os.geteuid()
+        self.started = time.time()
+        self.runners: dict[str, Runner] = {}
+        self.refused: dict[str, tuple[Found, str]] = {}
+        self.stopping = asyncio.Event()
+        self._prefix = f"snap-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:12]}-"
+        (directory / paths.LOGS).mkdir(mode=0o700, exist_ok=True)
+        self.events = Events(directory / paths.KERNEL_LOG, settings.foreground, settings.log_level)
+        self.audit = AuditLog(directory / paths.AUDIT)
+        self.table = CapabilityTable(self.audit.write)
+        self.broker = Broker(self.table, self.events, settings.policy.backend, self.provider)
+        self.desk = Desk(
+            self.table, settings.policy, self.uid, self.audit, self.events, self.broker, self.provider
+        )
+        for name in reclaim(self._prefix):
+            self.events.emit("segment.reclaimed", f"segment:{name}")
+        self.plan = self._load_modules()
+        self._own_socket = listener is None
+        sock = listener or bootstrap.listen(directory / paths.BOOTSTRAP)
+        self._bootstrap = bootstrap.Bootstrap(sock, self.desk, self.audit, self.events)
+        self._heartbeats = asyncio.get_running_loop().create_task(self._watch_heartbeats())
+        self.events.emit("kernel.started", "kernel", pid=os.getpid(), version=VERSION)
+
+    # -- modules ----------------------------------------------------------------------------------------------
+
+    def provider(self, service: str) -> Runner | None:
+        return self.runners.get(self.plan.providers.get(service, ""))
+
+    def runner(self, name: str) -> Runner:
+        """Raises NotFoundError; NotRunningError with the reason for a module that was refused."""
+        runner = self.runners.get(name)
+        if runner is not None:
+            return runner
+        if name in self.refused:
+            raise NotRunningError(
+                f"module {name!r} is refused: {self.refused[name][1]}", "change its manifest or the policy"
+            )
+        raise NotFoundError(f"there is no module {name!r}", "see `snapctl module list`")
+
+    def autostart(self) -> None:
+        for name in self.plan.order:
+            if self.policy.module(name).autostart:
+                self.runners[name].start()
+
+    def start(self, name: str) -> None:
+        """Start a module after what it requires and is stopped."""
+        for needed in self.plan.requirements(self.runners[name].found.manifest):
+            if self.runners[needed].machine.state == supervision.STOPPED:
+                self.start(needed)
+        self.runners[name].start()
+
+    async def stop(self) -> None:
+        """Applications first, then modules in reverse order of what they require; nobody gets for ever."""
+        self.events.emit("kernel.stopping", "kernel")
+        self._bootstrap.close()
+        requires = {
+            name: set(self.plan.requirements(runner.found.manifest)) for name, runner in self.runners.items()
+        }
+        for wave in supervision.stop_order(requires, list(self.runners)):
+            await asyncio.gather(*(self._stop_module(self.runners[name]) for name in wave))
+
+    async def _stop_module(self, runner: Runner) -> None:
+        patience = self.settings.limits.grace + 5.0
+        try:
+            await runner.operations.run(
+                operations.STOP, lambda: runner.stop("the kernel stops"), patience, wait=True
+            )
+        except SnapError as error:
+            self.events.emit("module.stop_failed", f"module:{runner.name}", error=str(error))
+
+    def close(self) -> None:
+        self._heartbeats.cancel()
+        for runner in self.runners.values():
+            runner.close()
+        self.desk.close()
+        self.events.emit("kernel.stopped", "kernel")
+        self.events.close()
+        self.audit.close()
+        if self._own_socket:
+            with suppress(FileNotFoundError):
+                (self.settings.runtime_dir / paths.BOOTSTRAP).unlink()
+
+    # -- views ------------------------------------------------------------------------------------------------
+
+    def module_views(self, log_lines: int = 3) -> list[ModuleView]:
+        views = [runner.view(log_lines) for runner in self.runners.values()]
+        views += [_refused_view(found, why) for found, why in self.refused.values()]
+        return sorted(views, key=lambda view: view.name)
+
+    def module_view(self, name: str) -> ModuleView:
+        """Raises NotFoundError."""
+        if name in self.refused:
+            return _refused_view(*self.refused[name])
+        return self.runner(name).view(log_lines=20)
+
+    def view(self) -> KernelView:
+        return KernelView(
+            pid=os.getpid(),
+            version=VERSION,
+            runtime_dir=str(self.settings.runtime_dir),
+            started=self.started,
+            uid=self.uid,
+            policy=self.policy.source,
+            modules=self.module_views(),
+            channels=len(self.broker.channels),
+            principals=len(self.desk.principals),
+            capabilities=len(self.table),
+            events=dict(self.events.totals),
+        )
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _load_modules(self) -> graph.Plan:
+        discovery = discover(self.settings.module_path)
+        for problem in discovery.problems:
+            self._report(problem)
+        found = discovery.found
+        plan = graph.check({name: each.manifest for name, each in found.items()}, self._denial)
+        for name, reasons in plan.problems.items():
+            self.refused[name] = (found[name], "; ".join(reasons))
+            self.events.emit("module.refused", f"module:{name}", reason=self.refused[name][1])
+        hooks = Hooks(
+            spawned=self._on_spawned,
+            request=self._on_request,
+            news=self.broker.news,
+            died=self._on_died,
+            changed=self._on_changed,
+            bad=self._on_bad,
+        )
+        for name in plan.order:
+            self.runners[name] = self._new_runner(found[name], hooks)
+        return plan
+
+    def _new_runner(self, found: Found, hooks: Hooks) -> Runner:
+        name, manifest = found.manifest.name, found.manifest
+        machine = Supervision(name, manifest.restart.policy, self.settings.limits)
+        machine.missing = frozenset(manifest.requires.services)
+        log = self.settings.runtime_dir / paths.LOGS / f"{name}.log"
+        return Runner(found, self.settings.host, machine, self.events, log, f"{self._prefix}{name}", hooks)
+
+    def _report(self, problem: Problem) -> None:
+        self.events.emit("manifest.refused", str(problem.path), source=problem.source, error=problem.message)
+
+    def _denial(self, module: str, service: str) -> str | None:
+        decision = self.policy.decide(self._identity(module, 0), service, self.uid)
+        return None if decision.allowed and "connect" in decision.rights else decision.reason
+
+    def _identity(self, module: str, pid: int) -> Identity:
+        return Identity(self.uid, os.getegid(), pid, module)
+
+    def _on_spawned(self, runner: Runner, pid: int) -> None:
+        """A module is a principal as long as its process lives, and starts with what it requires."""
+        name = f"module:{runner.name}"
+        principal = self.desk.admit(
+            name, name, self._identity(runner.name, pid), runner.send, runner.misbehaved
+        )
+        for service in runner.found.manifest.requires.services:
+            with suppress(SnapError):  # refused and audited already
+                self.desk.find(principal, service)
+        self.desk.schedule_expiry()
+
+    def _on_request(self, runner: Runner, message: Any) -> None:
+        principal = self.desk.principals.get(f"module:{runner.name}")
+        if principal is not None:
+            self.desk.request(principal, message)
+
+    def _on_died(self, runner: Runner, reason: str) -> None:
+        self.broker.provider_gone(runner, reason)
+        principal = self.desk.principals.get(f"module:{runner.name}")
+        if principal is not None:
+            self.desk.dismiss(principal, reason)
+
+    def _on_changed(self, runner: Runner) -> None:
+        for other in self.runners.values():
+            required = other.found.manifest.requires.services
+            if required:
+                other.require(frozenset(service for service in required if not self._is_ready(service)))
+        if runner.ready:
+            for service in runner.found.manifest.provides:
+                self.broker.service_ready(service)
+
+    def _is_ready(self, service: str) -> bool:
+        runner = self.provider(service)
+        return runner is not None and runner.ready
+
+    def _on_bad(self, runner: Runner, reason: str) -> None:
+        name = f"module:{runner.name}"
+        self.audit.write(
+            AuditRecord(
+                action="link", outcome="denied", owner=name, badge=name, pid=runner.machine.pid, reason=reason
+            )
+        )
+
+    async def _watch_heartbeats(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_PERIOD)
+            for runner in self.runners.values():
+                runner.watch_heartbeats()
+
+
+def _refused_view(found: Found, why: str) -> ModuleView:
+    manifest = found.manifest
+    return ModuleView(
+        name=manifest.name,
+        version=manifest.module.version,
+        state=supervision.FAILED,
+        cause=f"refused: {why}",
+        pid=None,
+        generation=0,
+        restarts=0,
+        faults=0,
+        since=0.0,
+        path=str(found.path),
+        provides=list(manifest.provides),
+        requires=list(manifest.requires.services),
+    )

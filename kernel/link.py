@@ -1,0 +1,126 @@
+"""One SEQPACKET connection on the event loop: a module's link, or an application's bootstrap connection.
+
+Nobody can make the kernel wait or grow: a wake-up reads a bounded burst (the rest waits for its turn after the
+others), and a peer that does not read its answers is dropped once a bounded backlog is full.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import msgspec
+
+from snap.dataplane.errors import ProtocolError
+from snap.ipc import protocol, seqpacket
+
+BURST: Final = 16
+BACKLOG: Final = 256
+GONE: Final = "the peer has gone"
+
+
+class Connection:
+    """Calls `on_message(data, fds)` per datagram, whose descriptors the callee owns, and `on_closed(reason)` once.
+
+    Either callback may close the connection. Refused datagrams (truncated, too many descriptors) go to `on_bad`.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        on_message: Callable[[bytes, list[int]], None],
+        on_bad: Callable[[ProtocolError], None],
+        on_closed: Callable[[str], None],
+    ) -> None:
+        self._sock = sock
+        self._on_message, self._on_bad, self._on_closed = on_message, on_bad, on_closed
+        self._unsent: deque[tuple[bytes, list[int]]] = deque()
+        self._loop = asyncio.get_running_loop()
+        self.closed = False
+        sock.setblocking(False)
+        self._loop.add_reader(sock, self._readable)
+
+    def send(self, message: msgspec.Struct, fds: Sequence[int] = ()) -> None:
+        """Send or queue one message; the descriptors stay the caller's. A full backlog closes the connection."""
+        if self.closed:
+            return
+        data = protocol.encode(message)
+        if not self._unsent and self._try_send(data, fds):
+            return
+        if self.closed:
+            return
+        if len(self._unsent) >= BACKLOG:
+            self.close(f"it left {BACKLOG} answers unread")
+            return
+        try:
+            kept = _duplicates(fds)
+        except OSError as error:
+            self.close(f"no descriptors for its answers: {error.strerror}")
+            return
+        self._unsent.append((data, kept))
+        self._loop.add_writer(self._sock, self._writable)
+
+    def close(self, reason: str) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        self._sock.close()
+        while self._unsent:
+            seqpacket.close_all(self._unsent.popleft()[1])
+        self._on_closed(reason)
+
+    def _try_send(self, data: bytes, fds: Sequence[int]) -> bool:
+        try:
+            seqpacket.send(self._sock, data, fds)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self.close(f"{GONE}: {error.strerror}")
+            return False
+        return True
+
+    def _writable(self) -> None:
+        while self._unsent:
+            data, fds = self._unsent[0]
+            if not self._try_send(data, fds):
+                return
+            self._unsent.popleft()
+            seqpacket.close_all(fds)
+        self._loop.remove_writer(self._sock)
+
+    def _readable(self) -> None:
+        for _ in range(BURST):
+            if self.closed:
+                return
+            try:
+                data, fds = seqpacket.recv(self._sock)
+            except (BlockingIOError, InterruptedError):
+                return
+            except ProtocolError as error:
+                self._on_bad(error)
+                continue
+            except OSError as error:
+                self.close(f"{GONE}: {error.strerror}")
+                return
+            if not data:
+                seqpacket.close_all(fds)
+                self.close(GONE)
+                return
+            self._on_message(data, fds)
+
+
+def _duplicates(fds: Sequence[int]) -> list[int]:
+    kept: list[int] = []
+    try:
+        for fd in fds:
+            kept.append(os.dup(fd))
+    except OSError:
+        seqpacket.close_all(kept)
+        raise
+    return kept

@@ -1,0 +1,231 @@
+"""What operators can ask for: one method per operation, its arguments typed, its right named."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from snap.dataplane.errors import DeniedError, NotFoundError, UsageError
+from snap.ipc.protocol import CapView, ChannelView, EventView, KernelView, ModuleView
+
+from . import operations, policy
+from .audit import AuditRecord
+from .desk import unix_time
+from .kernel import Kernel
+from .policy import Identity
+
+
+class Args(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """No arguments."""
+
+
+class Name(Args, frozen=True):
+    name: str
+
+
+class Change(Args, frozen=True):
+    name: str
+    wait: bool = True
+
+
+class Logs(Args, frozen=True):
+    name: str
+    lines: int = 50
+
+
+class Owner(Args, frozen=True):
+    owner: str | None = None
+
+
+class Cap(Args, frozen=True):
+    id: int
+
+
+class Why(Args, frozen=True):
+    who: str
+    service: str
+    right: str | None = None
+
+
+class Grant(Args, frozen=True):
+    owner: str
+    service: str
+    rights: list[str]
+    expires: float | None = None
+
+
+class Since(Args, frozen=True):
+    seq: int = 0
+    limit: int = 1000
+
+
+class Lines(Args, frozen=True):
+    lines: int = 50
+
+
+@dataclass(frozen=True)
+class _Operation:
+    right: str
+    args: type[Args]
+    run: Callable[[Identity, Any, float], Awaitable[Any]]
+
+
+class Operators:
+    """Checks and carries out operations on a kernel."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        look, act = "inspect", "operate"
+        self._operations: Final = {
+            "kernel.status": _Operation(look, Args, self._status),
+            "kernel.stop": _Operation(act, Args, self._stop),
+            "module.list": _Operation(look, Args, self._modules),
+            "module.show": _Operation(look, Name, self._module),
+            "module.start": _Operation(act, Change, self._start_module),
+            "module.stop": _Operation(act, Change, self._stop_module),
+            "module.restart": _Operation(act, Change, self._restart_module),
+            "module.logs": _Operation(look, Logs, self._logs),
+            "cap.list": _Operation(look, Owner, self._caps),
+            "cap.inspect": _Operation(look, Cap, self._cap),
+            "cap.why": _Operation(look, Why, self._why),
+            "cap.grant": _Operation(act, Grant, self._grant),
+            "cap.revoke": _Operation(act, Cap, self._revoke),
+            "channel.list": _Operation(look, Args, self._channels),
+            "events.since": _Operation(look, Since, self._since),
+            "audit.tail": _Operation(look, Lines, self._audit_tail),
+        }
+
+    def changes(self, op: str) -> bool:
+        """Whether `op` changes anything: then a repeated key must not do it twice."""
+        operation = self._operations.get(op)
+        return operation is not None and operation.right == "operate"
+
+    async def perform(self, who: Identity | None, op: str, args: dict[str, Any], within: float) -> Any:
+        """Raises SnapError: DeniedError, UsageError, and what the operation itself raises."""
+        operation = self._operations.get(op)
+        if operation is None:
+            raise UsageError(
+                f"there is no operation {op[:64]!r}", "this kernel may be older than your snapctl"
+            )
+        if who is None:
+            raise DeniedError("libzmq does not say who asks", "use a libzmq with SO_PEERCRED on ipc://")
+        self._authorize(who, op, operation.right)
+        try:
+            typed = msgspec.convert(args, operation.args)
+        except msgspec.ValidationError as error:
+            raise UsageError(f"{op}: {error}") from error
+        return await operation.run(who, typed, within)
+
+    def _authorize(self, who: Identity, op: str, right: str) -> None:
+        decision = self._kernel.policy.decide_operator(who, self._kernel.uid)
+        allowed = decision.allowed and right in decision.rights
+        reason = (
+            decision.reason if allowed or not decision.allowed else f"{decision.rule} does not give {right}"
+        )
+        if right == "operate" or not allowed:
+            record = AuditRecord(
+                action=op,
+                outcome="ok" if allowed else "denied",
+                object="kernel",
+                rights=[right],
+                owner=f"operator:{who.uid}",
+                badge=f"uid:{who.uid}/pid:{who.pid}",
+                pid=who.pid,
+                rule=decision.rule,
+                reason=reason,
+            )
+            self._kernel.audit.write(record)
+        if not allowed:
+            raise DeniedError(f"{op}: {reason}", "the [[operator]] rules of the policy decide")
+
+    # -- kernel -----------------------------------------------------------------------------------------------
+
+    async def _status(self, who: Identity, args: Args, within: float) -> KernelView:
+        return self._kernel.view()
+
+    async def _stop(self, who: Identity, args: Args, within: float) -> dict[str, Any]:
+        # Not before this answer is on its way.
+        asyncio.get_running_loop().call_later(0.05, self._kernel.stopping.set)
+        return {}
+
+    # -- modules ----------------------------------------------------------------------------------------------
+
+    async def _modules(self, who: Identity, args: Args, within: float) -> list[ModuleView]:
+        return self._kernel.module_views()
+
+    async def _module(self, who: Identity, args: Name, within: float) -> ModuleView:
+        return self._kernel.module_view(args.name)
+
+    async def _start_module(self, who: Identity, args: Change, within: float) -> ModuleView:
+        return await self._change(operations.START, args, within, lambda: self._kernel.start(args.name))
+
+    async def _stop_module(self, who: Identity, args: Change, within: float) -> ModuleView:
+        return await self._change(operations.STOP, args, within, self._kernel.runner(args.name).stop)
+
+    async def _restart_module(self, who: Identity, args: Change, within: float) -> ModuleView:
+        return await self._change(operations.RESTART, args, within, self._kernel.runner(args.name).restart)
+
+    async def _change(self, kind: str, args: Change, within: float, begin: Callable[[], None]) -> ModuleView:
+        runner = self._kernel.runner(args.name)
+        await runner.operations.run(kind, begin, within, args.wait)
+        return runner.view()
+
+    async def _logs(self, who: Identity, args: Logs, within: float) -> dict[str, list[str]]:
+        tail = list(self._kernel.runner(args.name).log.tail)
+        return {"lines": tail[-args.lines :] if args.lines > 0 else []}
+
+    # -- capabilities and channels ----------------------------------------------------------------------------
+
+    async def _caps(self, who: Identity, args: Owner, within: float) -> list[CapView]:
+        return [unix_time(view) for view in self._kernel.table.views(args.owner)]
+
+    async def _cap(self, who: Identity, args: Cap, within: float) -> dict[str, Any]:
+        table = self._kernel.table
+        view: dict[str, Any] = msgspec.to_builtins(unix_time(table.inspect(args.id)))
+        return {**view, "children": table.children(args.id)}
+
+    async def _why(self, who: Identity, args: Why, within: float) -> dict[str, Any]:
+        kernel = self._kernel
+        principal = kernel.desk.principals.get(args.who)
+        asker = principal.identity if principal else policy.identity(args.who)
+        decision = kernel.policy.why(asker, args.service, kernel.uid, args.right)
+        return {"allowed": decision.allowed, "rule": decision.rule, "reason": decision.reason}
+
+    async def _grant(self, who: Identity, args: Grant, within: float) -> CapView:
+        kernel = self._kernel
+        if args.service not in kernel.plan.providers:
+            raise NotFoundError(
+                f"no module provides the service {args.service!r}", "see `snapctl module list`"
+            )
+        cap = kernel.table.mint(
+            args.owner,
+            f"service:{args.service}",
+            args.rights,
+            rule=f"granted by operator:{who.uid}",
+            now=asyncio.get_running_loop().time(),
+            lifetime=args.expires,
+        )
+        kernel.desk.schedule_expiry()
+        kernel.events.emit("cap.granted", f"cap:{cap.id}", object=cap.object, owner=cap.owner)
+        return unix_time(cap.view())
+
+    async def _revoke(self, who: Identity, args: Cap, within: float) -> dict[str, list[int]]:
+        reason = f"revoked by operator:{who.uid}"
+        gone = self._kernel.table.revoke_id(args.id, reason)
+        self._kernel.desk.revoke(gone, reason)
+        return {"revoked": [cap.id for cap in gone]}
+
+    async def _channels(self, who: Identity, args: Args, within: float) -> list[ChannelView]:
+        return [channel.view() for channel in self._kernel.broker.channels.values()]
+
+    # -- what happened ----------------------------------------------------------------------------------------
+
+    async def _since(self, who: Identity, args: Since, within: float) -> list[EventView]:
+        return self._kernel.events.since(max(0, args.seq), max(0, args.limit))
+
+    async def _audit_tail(self, who: Identity, args: Lines, within: float) -> dict[str, list[str]]:
+        return {"lines": self._kernel.audit.tail(min(args.lines, 10_000))}
