@@ -5,15 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from snap.dataplane import _native
-from snap.dataplane.errors import BusyError, ChannelError, MessageSizeError
+from snap.dataplane.errors import BusyError, ChannelError, DeniedError, MessageSizeError
 
 if TYPE_CHECKING:
     from .module import Module
 
 Work = Callable[[], object]
+
+_RIGHT_BITS: Final = {"send": _native.RIGHT_SEND, "recv": _native.RIGHT_RECV}
 
 
 class ServerChannel(_native.Endpoint):
@@ -36,10 +38,15 @@ class ServerChannel(_native.Endpoint):
         id: int = 0,
         service: str = "",
         badge: str = "",
-        rights: frozenset[str] = frozenset(),
+        rights: frozenset[str] = frozenset(_RIGHT_BITS),
     ) -> Self:
-        """Build from the arguments of `Endpoint`. Raises as it does."""
-        channel = cls(*endpoint)
+        """Build from the eleven arguments of `Endpoint` up to `gate_index`, holding the client to `rights`.
+
+        Raises as `Endpoint` does.
+        """
+        bits = sum(bit for right, bit in _RIGHT_BITS.items() if right in rights)
+        arguments = (*endpoint, bits)
+        channel = cls(*arguments)
         channel.id, channel.service, channel.badge, channel.rights = id, service, badge, rights
         return channel
 
@@ -66,12 +73,12 @@ class ServerChannel(_native.Endpoint):
     def answer(self, messages: list[bytes]) -> None:
         """Send `messages`; those that do not fit now go out before the next `take` receives anything.
 
-        A client whose pool can never hold an answer is dropped: it chose the pool's size itself.
+        A client that may not receive, or whose pool can never hold an answer, is dropped: it asked for that itself.
         """
         try:
             sent = self.send_many(messages, timeout=0) if messages else 0
-        except MessageSizeError as error:
-            self.drop(f"an answer does not fit the client's pool: {error.message}")
+        except (DeniedError, MessageSizeError) as error:
+            self.drop(f"it cannot be answered: {error.message}")
             return
         if sent < len(messages):
             self._backlog = (self._backlog or []) + messages[sent:]

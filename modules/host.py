@@ -154,7 +154,7 @@ class Host:
     def _serve_link(self) -> None:
         received = self.link.receive()
         if received is None:
-            self._stop(_KERNEL_GONE_GRACE)
+            return
         message, fds = received
         try:
             if isinstance(message, Attach):
@@ -287,12 +287,10 @@ def configured(link: Link) -> Host:
     Raises ProtocolError for any other first message, UnreachableError when the kernel has gone.
     """
     received = link.receive()
-    if received is None:
-        raise UnreachableError("the kernel has gone before it said which module this is")
-    order, fds = received
+    order, fds = received or (None, [])
     if not isinstance(order, Configure) or len(fds) != 2:
         raise ProtocolError(
-            f"first order is {type(order).__name__} with {len(fds)} descriptors, not Configure with 2"
+            f"first comes {type(order).__name__} with {len(fds)} descriptors, not Configure with 2"
         )
     setproctitle.setproctitle(f"snap: module {order.name}")
     link.send(Started(pid=os.getpid()))

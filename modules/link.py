@@ -56,27 +56,27 @@ class Link:
             raise UnreachableError(f"the kernel has gone: {error.strerror}") from error
 
     def receive(self) -> Received | None:
-        """The next order; None when the kernel has gone. Answers on the way to it are handed to who waits for them.
+        """Wait for one datagram: an order, or None when it was an answer, which goes to who waits for it.
 
-        Raises ProtocolError for what cannot be decoded.
+        Raises UnreachableError when the kernel has gone, ProtocolError for what cannot be decoded.
         """
-        while True:
-            try:
-                data, fds = seqpacket.recv(self._sock)
-            except ConnectionError:
-                data, fds = b"", []
-            if not data:
-                self._close()
-                return None
-            try:
-                message = self._decoder.decode(data)
-            except BaseException:
-                seqpacket.close_all(fds)
-                raise
-            received = Received(message, fds)
-            if not isinstance(message, _ANSWERS):
-                return received
-            self._hand_over(received)
+        try:
+            data, fds = seqpacket.recv(self._sock)
+        except ConnectionError:
+            data, fds = b"", []
+        if not data:
+            self._close()
+            raise UnreachableError("the kernel has gone")
+        try:
+            message = self._decoder.decode(data)
+        except BaseException:
+            seqpacket.close_all(fds)
+            raise
+        received = Received(message, fds)
+        if not isinstance(message, _ANSWERS):
+            return received
+        self._hand_over(received)
+        return None
 
     def request(self, message: Message, timeout: float) -> Received:
         """Send a request and wait for its answer, from any thread but the link's own.

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import NoReturn
 
-from snap.dataplane.errors import NotRunningError
+from snap.dataplane.errors import NotRunningError, SnapError
+from snap.ipc.channel import Channel
+from snap.ipc.client import Client
 from snap.ipc.manifest import Manifest
+from snap.ipc.requester import Requester
 
 from .engine import Engine
 from .loading import load_class
-
-if TYPE_CHECKING:
-    from snap.ipc.client import Channel
-
-    from .link import Link
 
 
 class Module:
@@ -22,18 +23,18 @@ class Module:
     do something once before they poll. Neither hook may assume the main thread: that one serves the kernel."""
 
     def __init__(
-        self, manifest: Manifest, package: ModuleType, generation: int = 0, link: Link | None = None
+        self, manifest: Manifest, package: ModuleType, generation: int = 0, link: Requester | None = None
     ) -> None:
         self.manifest = manifest
         self.package = package
         self.generation = generation
         self.running: dict[str, Engine] = {}
         """The Python engines, by their name in the manifest; there when `on_start` runs."""
-        self._link = link
+        self._client = None if link is None else Client(link)
 
     @property
     def name(self) -> str:
-        return self.manifest.module.name
+        return self.manifest.name
 
     def engines(self) -> dict[str, Engine]:
         """Build the Python engines, by name; by default one of each class that the manifest gives.
@@ -55,11 +56,37 @@ class Module:
     def connect(self, service: str, timeout: float = 10.0) -> Channel:
         """A channel to `service`, which the manifest requires, waiting up to `timeout` seconds until it is ready.
 
-        From `on_start` or any engine's thread. Raises DeniedError when policy does not allow it, NotFoundError when
-        nobody provides it, DeadlineError, and UnreachableError when the kernel has gone.
+        From `on_start`, an engine's thread, or any of your own. Raises DeniedError when policy does not allow it,
+        NotFoundError when nobody provides it, DeadlineError, and UnreachableError when the kernel has gone.
         """
-        if self._link is None:
+        if self._client is None:
             raise NotRunningError(
                 "this module runs without a kernel", "in tests, give the engine a channel_pair()"
             )
-        raise NotImplementedError
+        return self._client.open(service, timeout=timeout)
+
+    def connect_soon(
+        self, service: str, engine: Engine, use: Callable[[Channel], object], timeout: float = 60.0
+    ) -> None:
+        """`connect` on a thread of its own, then run `use` with the channel on the thread of `engine`: for an engine,
+        which must not wait. What `connect` raises is raised in the engine."""
+        threading.Thread(
+            target=self._connect_for,
+            args=(service, engine, use, timeout),
+            name=f"connect {service}",
+            daemon=True,
+        ).start()
+
+    def _connect_for(
+        self, service: str, engine: Engine, use: Callable[[Channel], object], timeout: float
+    ) -> None:
+        try:
+            channel = self.connect(service, timeout)
+        except SnapError as error:
+            engine.mail(partial(_raise, error))
+        else:
+            engine.mail(lambda: use(channel))
+
+
+def _raise(error: SnapError) -> NoReturn:
+    raise error

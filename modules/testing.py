@@ -21,6 +21,7 @@ from typing import Final, Self
 
 from snap.dataplane import _native
 from snap.ipc import manifest as manifests
+from snap.ipc.channel import Channel
 
 from .engine import Engine, ServerChannel
 from .loading import load_class, load_package
@@ -49,7 +50,7 @@ class VirtualClock:
 class ChannelPair:
     """Both ends of a channel in this process, and the kernel's hold on it. Close it, or use it in `with`."""
 
-    client: _native.Endpoint
+    client: Channel
     server: ServerChannel
     descriptors: tuple[int, ...]
     """As an `Attach` carries them: ring, up, down, server bell, client bell."""
@@ -82,7 +83,8 @@ class ChannelPair:
             self._gate = _native.Gate(gate)
             self._gate.open(0, 1)
             geometry = (ring, up, down, slots, up_bytes, down_bytes, bells, 1)
-            self.client = _native.Endpoint(_native.CLIENT, *geometry)
+            kept = frozenset(rights)
+            self.client = Channel.make(_native.CLIENT, *geometry, id=id, service=service, rights=kept)
             self.server = ServerChannel.make(
                 _native.SERVER,
                 *geometry,
@@ -91,7 +93,7 @@ class ChannelPair:
                 id=id,
                 service=service,
                 badge=badge,
-                rights=frozenset(rights),
+                rights=kept,
             )
         except BaseException:
             self._close_fds()
