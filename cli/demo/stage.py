@@ -38,13 +38,13 @@ def workspace(keep: bool) -> Iterator[Path]:
 @contextlib.contextmanager
 def kernel(runtime_dir: Path) -> Iterator[int]:
     """Run a kernel on `runtime_dir` and yield its pid once it serves. Raises UnreachableError when it does not."""
-    runtime_dir.mkdir(parents=True, exist_ok=True)
+    runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     log = runtime_dir / paths.KERNEL_LOG
     ready = runtime_dir / "ready.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices, log.open("ab") as out:
         notices.bind(os.fspath(ready))
         child = subprocess.Popen(
-            [*PYTHON, "snap.kernel", "--foreground", "--runtime-dir", os.fspath(runtime_dir)],
+            [*PYTHON, "snap.kernel", "--runtime-dir", os.fspath(runtime_dir)],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
