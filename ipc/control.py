@@ -23,7 +23,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from snap.dataplane.errors import DeadlineError, UnreachableError, UsageError, from_code
 
-from .paths import CONTROL, EVENTS, runtime_dir
+from . import paths
 from .protocol import Decoder, EventView, Request, Response, encode
 
 _PAGE: Final = 256
@@ -35,8 +35,8 @@ _EVENT: Final[Decoder[EventView]] = Decoder(EventView)
 class ControlClient:
     """An operator's connection to the kernel of a runtime directory. Any thread may use it, one call at a time."""
 
-    def __init__(self, directory: str | os.PathLike[str] | None = None, timeout: float = 10.0) -> None:
-        self.directory: Final = runtime_dir(directory)
+    def __init__(self, runtime_dir: str | os.PathLike[str] | None = None, timeout: float = 10.0) -> None:
+        self.directory: Final = paths.runtime_dir(runtime_dir)
         self.timeout: Final = timeout
         self._context = zmq.Context()
         self._lock = threading.Lock()
@@ -85,7 +85,7 @@ class ControlClient:
 
     def _exchange(self, key: str, op: str, data: bytes, seconds: float) -> Response:
         end = time.monotonic() + seconds
-        path = self.directory / CONTROL
+        path = self.directory / paths.CONTROL
         probe(path)
         if self._line is None:
             self._line = _Line(self._context, path)
@@ -118,7 +118,7 @@ class ControlClient:
             line.close()
 
     def _all_events(self, since: int | None) -> Iterator[EventView]:
-        path = self.directory / EVENTS
+        path = self.directory / paths.EVENTS
         probe(path)
         with self._context.socket(zmq.SUB) as live:
             live.linger = 0
@@ -178,7 +178,7 @@ class _Line:
     def receive(self, key: str, end: float) -> tuple[Response | None, bool]:
         """The response to `key`, or whether the connection broke; neither when it has not come until `end`."""
         while (left := end - time.monotonic()) > 0:
-            ready = dict(self._poller.poll(left * 1000))
+            ready = dict(self._poller.poll(int(left * 1000) + 1))
             if self._socket in ready:
                 response = _RESPONSE.decode(self._socket.recv_multipart()[-1])
                 if response.key == key:
