@@ -6,7 +6,8 @@ Three conversations, all msgpack by msgspec, a tagged union each way:
 * *link* (SEQPACKET socketpair, inherited): a module and the kernel; the same requests, plus the kernel's orders.
 * *control* (ZeroMQ ROUTER `control.sock`, PUB `events.sock`): operators and the kernel; no descriptors.
 
-A message is one datagram of at most `MAX_MESSAGE` bytes (an answer of the control plane: `MAX_CONTROL`); descriptors ride with the datagram that names them in
+A message is one datagram of at most `MAX_MESSAGE` bytes (a
+principal's request: `MAX_REQUEST`; an answer of the control plane: `MAX_CONTROL`); descriptors ride with the datagram that names them in
 the order that its class states. Everything received is hostile until decoded: decoding errors are
 `ProtocolError` at the receiver, who answers with `Failure` where it still can.
 """
@@ -21,6 +22,7 @@ from snap.dataplane.errors import ProtocolError, SnapError, from_code
 
 PROTOCOL_VERSION: Final = 1
 MAX_MESSAGE: Final = 64 * 1024
+MAX_REQUEST: Final = 4 * 1024
 MAX_CONTROL: Final = 16 * 1024 * 1024
 MAX_FDS: Final = 16
 
