@@ -65,6 +65,8 @@ class Application:
     def _on_message(self, data: bytes, fds: list[int]) -> None:
         seqpacket.close_all(fds)
         try:
+            if len(data) > protocol.MAX_REQUEST:
+                raise ProtocolError(f"request of {len(data)} bytes exceeds {protocol.MAX_REQUEST}")
             message = _DECODER.decode(data)
             if self._principal is None:
                 self._hello(message)

@@ -10,6 +10,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -369,7 +370,7 @@ class Broker:
             self._events.emit(
                 f"channel.{word}", f"channel:{channel.id}", service=channel.service, reason=reason
             )
-        if channel.cap and channel.cap in {cap.id for cap in self._table.views(channel.client.id)}:
+        with suppress(NotFoundError):  # revoked already: that is why it ends
             self._table.revoke_id(channel.cap, f"channel {channel.id} ended: {reason}")
 
     def _late(self, channel: Channel, what: str) -> None:

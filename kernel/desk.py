@@ -71,11 +71,10 @@ class Desk:
             return
         try:
             answer = self._answer(principal, message)
-        except SnapError as error:
-            principal.fail(message.seq, error.code, error.message, error.hint)
-        else:
             if answer is not None:
                 principal.send(answer, ())
+        except SnapError as error:
+            principal.fail(message.seq, error.code, error.message, error.hint)
         self.schedule_expiry()
 
     def find(self, principal: Principal, service: str) -> Capability:

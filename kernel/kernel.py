@@ -51,8 +51,8 @@ class Settings:
 class Kernel:
     """Make it inside a running event loop, holding the lock of its runtime directory; `close` it after `stop`."""
 
-    def __init__(self, settings: Settings, listener: socket.socket | None = None) -> None:
-        """`listener` is an activated bootstrap socket. Raises SnapError, OSError; then nothing is left open."""
+    def __init__(self, settings: Settings, listener: socket.socket) -> None:
+        """`listener` is the bootstrap socket. Raises SnapError, OSError; then no name is left in /dev/shm."""
         directory = settings.runtime_dir
         self.settings, self.policy, self.uid = settings, settings.policy, os.geteuid()
         self.started = time.time()
@@ -71,9 +71,7 @@ class Kernel:
         for name in reclaim(self._prefix):
             self.events.emit("segment.reclaimed", f"segment:{name}")
         self.plan = self._load_modules()
-        self._own_socket = listener is None
-        sock = listener or bootstrap.listen(directory / paths.BOOTSTRAP)
-        self._bootstrap = bootstrap.Bootstrap(sock, self.desk, self.audit, self.events)
+        self._bootstrap = bootstrap.Bootstrap(listener, self.desk, self.audit, self.events)
         self._heartbeats = asyncio.get_running_loop().create_task(self._watch_heartbeats())
         self.events.emit("kernel.started", "kernel", pid=os.getpid(), version=VERSION)
 
@@ -132,9 +130,6 @@ class Kernel:
         self.events.emit("kernel.stopped", "kernel")
         self.events.close()
         self.audit.close()
-        if self._own_socket:
-            with suppress(FileNotFoundError):
-                (self.settings.runtime_dir / paths.BOOTSTRAP).unlink()
 
     # -- views ------------------------------------------------------------------------------------------------
 
@@ -183,8 +178,13 @@ class Kernel:
             changed=self._on_changed,
             bad=self._on_bad,
         )
-        for name in plan.order:
-            self.runners[name] = self._new_runner(found[name], hooks)
+        try:
+            for name in plan.order:
+                self.runners[name] = self._new_runner(found[name], hooks)
+        except BaseException:
+            for runner in self.runners.values():
+                runner.close()
+            raise
         return plan
 
     def _new_runner(self, found: Found, hooks: Hooks) -> Runner:

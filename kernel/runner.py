@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +26,6 @@ from .operations import Operations
 from .processes import LogPipe, Process
 from .supervision import Action, Supervision
 
-HEARTBEAT_LIMIT: Final = 8.0
 DESCRIPTORS: Final = 1024
 _DECODER: Final[protocol.Decoder[Any]] = protocol.Decoder(protocol.FromModule)
 
@@ -133,11 +133,14 @@ class Runner:
 
     def watch_heartbeats(self) -> None:
         """Called periodically. Two stale looks in a row are a hang: one could be our own pause."""
-        stale = [view.name for view in self.engine_views() if view.heartbeat_age_ns > HEARTBEAT_LIMIT * 1e9]
+        limit = self.machine.limits.heartbeat
+        waited = self._now() - self.machine.since
+        ages = {view.name: view.heartbeat_age_ns for view in self.engine_views()}
+        stale = [name for name, age in ages.items() if (waited if age < 0 else age / 1e9) > limit]
         self._stale = self._stale + 1 if stale and self.ready else 0
         if self._stale >= 2:
             self._stale = 0
-            self.misbehaved(f"engine {stale[0]} hung: no heartbeat for {HEARTBEAT_LIMIT:g} s")
+            self.misbehaved(f"engine {stale[0]} hung: no heartbeat for {limit:g} s")
 
     def close(self) -> None:
         """Give back what outlives the process, which must have ended."""
@@ -247,7 +250,8 @@ class Runner:
             write = self.log.open()
             try:
                 limit = self.found.manifest.resources.descriptors or DESCRIPTORS
-                self._process = Process(self._host, theirs.fileno(), write, limit, self._exited)
+                exited = partial(self._exited, self.machine.generation)
+                self._process = Process(self._host, theirs.fileno(), write, limit, exited)
             finally:
                 theirs.close()
                 seqpacket.close_all([write])
@@ -256,6 +260,9 @@ class Runner:
             ours.close()
             theirs.close()
             self._release_gate()
+            if self._process is not None:
+                self._process.kill()
+                self._process = None
             raise
         order = protocol.Configure(
             name=self.name,
@@ -281,7 +288,9 @@ class Runner:
             self.gate.close()
             self.gate = None
 
-    def _exited(self, how: str, clean: bool) -> None:
+    def _exited(self, generation: int, how: str, clean: bool) -> None:
+        if generation != self.machine.generation:
+            return  # one whose start failed half-way
         self._perform(self.machine.handle_exited(self._now(), how, clean))
 
     # -- what the module says ---------------------------------------------------------------------------------
@@ -302,6 +311,8 @@ class Runner:
                 self._perform(self.machine.handle_broken(self._now(), stage[:32], text[:2000]))
             case protocol.Attached() | protocol.Dropped() | protocol.Failure():
                 self._hooks.news(self, message)
+            case _ if len(data) > protocol.MAX_REQUEST:
+                self._on_bad(ProtocolError(f"request of {len(data)} bytes exceeds {protocol.MAX_REQUEST}"))
             case _:
                 self._hooks.request(self, message)
 

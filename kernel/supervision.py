@@ -28,7 +28,11 @@ BACKOFF_TIMER: Final = "backoff"
 
 @dataclass(frozen=True)
 class Limits:
-    """How patient supervision is; all in seconds but `crashes` (exits within `window` that make a crash loop)."""
+    """How patient supervision is; all in seconds but `crashes` (exits within `window` that make a crash loop).
+
+    `heartbeat`: an engine that gave no sign of life for so long hangs. `settled`: who was ready for so long starts
+    its back-off anew.
+    """
 
     start_timeout: float = 20.0
     grace: float = 5.0
@@ -38,6 +42,7 @@ class Limits:
     crashes: int = 5
     window: float = 30.0
     settled: float = 10.0
+    heartbeat: float = 8.0
 
 
 @dataclass(frozen=True)
