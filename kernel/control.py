@@ -26,6 +26,7 @@ from .operators import Operators
 from .policy import Identity
 
 IN_FLIGHT: Final = 256
+KEY: Final = 128
 ANSWERS: Final = 1024
 LONGEST: Final = 3600.0
 LINGER_MS: Final = 300
@@ -106,7 +107,7 @@ class Control:
         if who is None or not self._operators.changes(request.op):
             return await self._perform(who, request)
         # Two callers with one key share one answer, which outlives either of them.
-        key = (who.uid, request.key)
+        key = (who.uid, request.key[:KEY])
         known = self._answers.get(key)
         if known is None:
             known = self._answers[key] = asyncio.ensure_future(self._perform(who, request))

@@ -8,20 +8,22 @@ import fcntl
 import os
 import resource
 import signal
+import socket
 import stat
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import setproctitle
 
 from snap.dataplane.errors import BusyError, DeniedError, ResourceError, SnapError
 from snap.ipc import paths
 
-from . import policy, sdnotify
+from . import bootstrap, policy, sdnotify
 from .control import Control
 from .kernel import VERSION, Kernel, Settings
 from .operators import Operators
@@ -125,36 +127,62 @@ async def serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     activated = sdnotify.activated_sockets()
     listener = activated.pop("bootstrap", None)
-    for name, sock in activated.items():
-        sock.close()
+    for name in activated:
         raise ResourceError(
             f"activated socket {name!r} is unknown here", "name it bootstrap in the socket unit"
         )
-    if listener is None:
-        # We hold the lock: whatever socket is there was left by a kernel that died.
-        with suppress(FileNotFoundError):
-            (settings.runtime_dir / paths.BOOTSTRAP).unlink()
-    kernel = Kernel(settings, listener)
-    control = Control(settings.runtime_dir, Operators(kernel), kernel.events)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, kernel.stopping.set)
-    watchdog = loop.create_task(_feed_watchdog())
+    with nullcontext(listener) if listener else _own_socket(settings.runtime_dir / paths.BOOTSTRAP) as sock:
+        kernel = Kernel(settings, sock)
+        loop.set_exception_handler(lambda _, context: _note_fault(kernel, context))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, kernel.stopping.set)
+        watchdog = loop.create_task(_feed_watchdog())
+        try:
+            control = Control(settings.runtime_dir, Operators(kernel), kernel.events)
+            try:
+                kernel.autostart()
+                sdnotify.notify("READY=1", f"STATUS=serving {settings.runtime_dir}")
+                await kernel.stopping.wait()
+            finally:
+                with suppress(SnapError):
+                    sdnotify.notify("STOPPING=1")
+                await kernel.stop()
+                await control.close()
+        finally:
+            watchdog.cancel()
+            kernel.close()
+
+
+@contextmanager
+def _own_socket(path: Path) -> Iterator[socket.socket]:
+    """We hold the lock: whatever socket is there was left by a kernel that died. Raises ResourceError."""
     try:
-        kernel.autostart()
-        sdnotify.notify("READY=1", f"STATUS=serving {settings.runtime_dir}")
-        await kernel.stopping.wait()
+        path.unlink(missing_ok=True)
+        sock = bootstrap.listen(path)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot listen on {path}: {error.strerror or error}",
+            "choose another --runtime-dir, with a shorter path",
+        ) from error
+    try:
+        with sock:
+            yield sock
     finally:
-        sdnotify.notify("STOPPING=1")
-        await kernel.stop()
-        watchdog.cancel()
-        await control.close()
-        kernel.close()
+        path.unlink(missing_ok=True)
+
+
+def _note_fault(kernel: Kernel, context: dict[str, Any]) -> None:
+    """An exception that nobody caught is a fault of the kernel's own: said, and survived."""
+    error = context.get("exception")
+    where = traceback.format_exception(error)[-3:] if error else []
+    kernel.events.emit("kernel.fault", "kernel", message=context["message"], error=repr(error), where=where)
 
 
 async def _feed_watchdog() -> None:
     interval = sdnotify.watchdog_interval()
     while interval is not None:
-        sdnotify.notify("WATCHDOG=1")
+        with suppress(SnapError):
+            sdnotify.notify("WATCHDOG=1")
         await asyncio.sleep(interval)
 
 
