@@ -30,8 +30,16 @@ pub struct Tx {
     mem: RingMemory,
     core: Arc<Core>,
     producer: Producer,
-    /// Room that was left when something last did not fit: an engine then waits for more of it, not for messages.
-    stalled: Option<u64>,
+    /// What there was when something last did not fit: an engine then waits for more of it, not for messages.
+    stalled: Option<Stall>,
+}
+
+#[derive(Clone, Copy)]
+struct Stall {
+    /// Free slots of the ring.
+    slots: u64,
+    /// `Allocations::freed`: whoever takes returned payloads in (statistics do as well), the count tells.
+    freed: u64,
 }
 
 /// Pool memory that the sender fills before it sends it.
@@ -70,18 +78,23 @@ impl Tx {
                 Ok(())
             }
             Ok(room) => {
-                self.stalled = Some(room);
+                self.stall(room);
                 Err(Error::Full)
             }
             Err(fault) => Err(self.core.fail(fault)),
         }
     }
 
+    #[cold]
+    fn stall(&mut self, slots: u64) {
+        self.stalled = Some(Stall { slots, freed: lock(&self.core.allocations).freed() });
+    }
+
     /// Messages of any inline length that are sure to fit now. None at all marks this half as stalled.
     pub fn room(&mut self) -> Result<u64> {
         let room = self.slots_free()?;
         if room < layout::MAX_SLOTS_PER_MESSAGE {
-            self.stalled = Some(room);
+            self.stall(room);
         }
         Ok(room / layout::MAX_SLOTS_PER_MESSAGE)
     }
@@ -112,15 +125,17 @@ impl Tx {
 
     /// Whether nothing came back since the stall. When something did, the stall is over.
     pub fn still_stalled(&mut self) -> Result<bool> {
-        let before = self.stalled.unwrap_or(0);
-        let still = self.slots_free()? <= before && self.collect()? == 0;
+        let slots = self.slots_free()?;
+        self.collect()?;
+        let freed = lock(&self.core.allocations).freed();
+        let still = self.stalled.is_some_and(|stall| slots <= stall.slots && freed == stall.freed);
         if !still {
             self.stalled = None;
         }
         Ok(still)
     }
 
-    fn collect(&self) -> Result<usize> {
+    fn collect(&self) -> Result<()> {
         let core = &self.core;
         lock(&core.allocations).collect(&core.ring, core.slots, core.own_direction()).map_err(|fault| core.fail(fault))
     }
@@ -132,10 +147,16 @@ impl Tx {
             return self.put_large(tag, bytes);
         }
         self.reserve(layout::inline_slots(bytes.len()))?;
+        self.put_reserved(tag, bytes);
+        Ok(())
+    }
+
+    /// Put an inline message for whose slots `reserve` was called: a pause since then does not hold it.
+    #[inline]
+    pub fn put_reserved(&mut self, tag: u64, bytes: &[u8]) {
         self.producer.put_inline(&self.mem, tag, bytes);
         count(&self.core.counters.sent, 1);
         count(&self.core.counters.sent_bytes, bytes.len() as u64);
-        Ok(())
     }
 
     fn put_large(&mut self, tag: u64, bytes: &[u8]) -> Result<()> {
@@ -145,13 +166,13 @@ impl Tx {
             Some(pool) => pool.write(loan.place.offset as usize, bytes),
             None => return Err(Error::Size { len: bytes.len(), max: INLINE_MAX }),
         }
-        self.put_loan(tag, loan)
+        self.put_loan_reserved(tag, loan);
+        Ok(())
     }
 
     /// Memory of the pool to fill. `Full` when it is exhausted for now, `Size` when it could never hold `len`.
     pub fn loan(&mut self, len: usize) -> Result<LoanRef> {
-        let max = self.core.own_pool().map_or(0, Mapping::len);
-        if len > max {
+        if lock(&self.core.allocations).never(len) {
             return Err(Error::Size { len, max: self.core.max_message() });
         }
         self.collect()?;
@@ -159,7 +180,8 @@ impl Tx {
         match place {
             Some(place) => Ok(LoanRef { place, len }),
             None => {
-                self.stalled = Some(self.slots_free()?);
+                let slots = self.slots_free()?;
+                self.stall(slots);
                 Err(Error::Full)
             }
         }
@@ -168,10 +190,15 @@ impl Tx {
     /// Put a filled loan into the burst.
     pub fn put_loan(&mut self, tag: u64, loan: LoanRef) -> Result<()> {
         self.reserve(1)?;
+        self.put_loan_reserved(tag, loan);
+        Ok(())
+    }
+
+    /// Put a filled loan for whose slot `reserve` was called: a pause since then does not hold it.
+    pub fn put_loan_reserved(&mut self, tag: u64, loan: LoanRef) {
         self.producer.put_pooled(&self.mem, tag, loan.len, loan.place);
         count(&self.core.counters.sent, 1);
         count(&self.core.counters.sent_bytes, loan.len as u64);
-        Ok(())
     }
 
     /// End the burst: one store, and a bell if the other side sleeps.

@@ -9,7 +9,7 @@ use crate::error::{Error, Fault, Result};
 use crate::gate::Line;
 use crate::layout::{self, INLINE_MAX};
 use crate::pool::{Allocations, Returns};
-use crate::ring::Wake;
+use crate::ring::{take_down, Wake};
 use crate::segment::{Mapping, SHRUNK};
 use crate::sync;
 
@@ -182,13 +182,16 @@ impl Core {
             return Err(self.fail(Fault::Shrunk));
         }
         self.shrunk_seen.store(shrunk, Ordering::Relaxed);
+        // Before the state word, which the client can write as well: "gone" would let it go on sending.
+        if !gate_open {
+            return Err(Error::Revoked);
+        }
         match State::from_word(word) {
             Some(State::Revoked) => Err(Error::Revoked),
             Some(State::Moved) => Err(Error::Moved),
             Some(State::Gone) => Err(Error::Gone),
             Some(State::Faulted) => Err(Error::Faulted(Fault::from_number((word >> 8) as u8))),
-            Some(State::Open | State::Paused) if gate_open => Ok(()),
-            Some(State::Open | State::Paused) => Err(Error::Revoked),
+            Some(State::Open | State::Paused) => Ok(()),
             None => Err(self.fail(Fault::State)),
         }
     }
@@ -250,10 +253,12 @@ impl Core {
         allocations.out()
     }
 
-    /// Take a loan back unsent.
+    /// Take a loan back unsent, and wake whoever of this end waits for room.
     pub fn cancel_loan(&self, token: u64) {
         // Our own token: it is out until it is sent or given back, once.
         let _ = lock(&self.allocations).free(token);
+        let word = self.ring.u32_at(layout::OFF_DIRECTION[self.own_direction()] + layout::DIR_ROOM_ARMED);
+        bell::wake(word, take_down(word), self.own_bell());
     }
 
     /// Give a received payload's memory back to its sender.
@@ -275,7 +280,7 @@ impl Core {
     }
 
     pub fn max_message(&self) -> usize {
-        self.own_pool.as_ref().map_or(INLINE_MAX, |pool| pool.len().max(INLINE_MAX))
+        lock(&self.allocations).largest().max(INLINE_MAX)
     }
 }
 

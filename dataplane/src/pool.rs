@@ -27,23 +27,37 @@ pub struct Allocations {
     entries: Vec<Entry>,
     free: Vec<u32>,
     returned: u64,
-    pool_bytes: usize,
+    freed: u64,
+    largest: usize,
 }
 
 impl Allocations {
     /// At most `slots` payloads can be out at once: the ring of tokens then never overflows.
     pub fn new(pool_bytes: usize, slots: u32) -> Allocations {
+        let units = (pool_bytes / UNIT) as u32;
         Allocations {
-            allocator: Allocator::with_max_allocs((pool_bytes / UNIT) as u32, slots + 2),
+            allocator: Allocator::with_max_allocs(units, slots + 2),
             entries: (0..slots).map(|_| Entry { turn: 0, live: None }).collect(),
             free: (0..slots).rev().collect(),
             returned: 0,
-            pool_bytes,
+            freed: 0,
+            largest: bin(units) as usize * UNIT,
         }
     }
 
-    pub fn pool_bytes(&self) -> usize {
-        self.pool_bytes
+    /// Bytes of the largest payload that the empty pool can hold.
+    pub fn largest(&self) -> usize {
+        self.largest
+    }
+
+    /// Whether no amount of waiting makes room for `len` bytes.
+    pub fn never(&self, len: usize) -> bool {
+        len > self.largest || self.largest == 0
+    }
+
+    /// Payloads freed so far.
+    pub fn freed(&self) -> u64 {
+        self.freed
     }
 
     pub fn out(&self) -> usize {
@@ -54,12 +68,7 @@ impl Allocations {
     pub fn allocate(&mut self, len: usize) -> Option<PoolRef> {
         let index = *self.free.last()?;
         let allocation = self.allocator.allocate(len.div_ceil(UNIT).max(1) as u32)?;
-        // The allocator rounds its bins up; the unit count keeps the whole range inside the pool.
         let offset = allocation.offset as usize * UNIT;
-        if offset + len > self.pool_bytes {
-            self.allocator.free(allocation);
-            return None;
-        }
         self.free.pop();
         let entry = &mut self.entries[index as usize];
         entry.turn = entry.turn.wrapping_add(1);
@@ -77,11 +86,12 @@ impl Allocations {
         let allocation = entry.live.take().ok_or(Fault::Return)?;
         self.allocator.free(allocation);
         self.free.push(index);
+        self.freed += 1;
         Ok(())
     }
 
     /// Take in all tokens that came back. `direction` is the one we produce in.
-    pub fn collect(&mut self, ring: &Mapping, slots: u32, direction: usize) -> Result<usize, Fault> {
+    pub fn collect(&mut self, ring: &Mapping, slots: u32, direction: usize) -> Result<(), Fault> {
         let control = layout::OFF_DIRECTION[direction];
         let tail = ring.u64_at(control + layout::DIR_RETURN_TAIL).load(Ordering::Acquire);
         let count = tail.wrapping_sub(self.returned);
@@ -95,8 +105,15 @@ impl Allocations {
         }
         self.returned = tail;
         ring.u64_at(control + layout::DIR_RETURN_HEAD).store(tail, Ordering::Release);
-        Ok(count as usize)
+        Ok(())
     }
+}
+
+/// The allocator's size class at or below `units`: free space is filed by its class (four significant bits), so this much
+/// of an empty pool is sure to be found, and more of it is not.
+fn bin(units: u32) -> u32 {
+    let dropped = (u32::BITS - units.leading_zeros()).saturating_sub(4);
+    units >> dropped << dropped
 }
 
 /// The consumer's side of the token ring.

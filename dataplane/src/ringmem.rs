@@ -50,6 +50,30 @@ impl RingMemory {
 
 impl Memory for RingMemory {
     #[inline]
+    fn expect_write(&self, index: u64) {
+        let place = self.slots.wrapping_add((index & (self.capacity - 1)) as usize * SLOT);
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch changes nothing that a program can see, whatever the address.
+        unsafe {
+            std::arch::asm!("prefetchw [{}]", in(reg) place, options(nostack, preserves_flags));
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = place;
+    }
+
+    #[inline]
+    fn expect_read(&self, index: u64) {
+        let place = self.slots.wrapping_add((index & (self.capacity - 1)) as usize * SLOT);
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as in `expect_write`.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(place.cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = place;
+    }
+
+    #[inline]
     fn capacity(&self) -> u64 {
         self.capacity
     }

@@ -49,7 +49,8 @@ impl Echo {
 fn echo_inline(channel: &mut Channel, header: layout::Header, scratch: &mut [u8]) -> Result<()> {
     channel.tx.reserve(layout::inline_slots(header.len))?;
     channel.rx.take_into(header, scratch)?;
-    channel.tx.put(header.tag, scratch)
+    channel.tx.put_reserved(header.tag, scratch);
+    Ok(())
 }
 
 /// From the client's pool into ours with one copy.
@@ -68,5 +69,6 @@ fn echo_pooled(channel: &mut Channel, header: layout::Header) -> Result<()> {
         to.copy_from(loan.place.offset as usize, from, place.offset as usize, header.len);
     }
     core.give_back(place.token);
-    channel.tx.put_loan(header.tag, loan)
+    channel.tx.put_loan_reserved(header.tag, loan);
+    Ok(())
 }
