@@ -378,7 +378,7 @@ def test_events_are_listed_by_kind_page_after_page(kernel: PlayedKernel) -> None
 def test_start_waits_by_default_and_fails_when_the_module_does_not_get_ready(kernel: PlayedKernel) -> None:
     kernel.answers["module.start"] = BROKEN
     done = snapctl("module", "start", "broken", "--runtime-dir", kernel.directory)
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert "crash loop" in done.stderr
     assert "hint: `snapctl module logs broken`" in done.stderr
     assert (

@@ -127,14 +127,14 @@ def _waiting(action: str, description: str, goal: str) -> click.Command:
     )
     @click.pass_obj
     def command(settings: Settings, name: str, wait: bool) -> None:
-        from snap.ipc import SnapError
+        from snap.ipc import NotRunningError
         from snap.ipc.protocol import ModuleView
 
         view = call(
             settings, f"module.{action}", ModuleView, default_timeout=WAIT_TIMEOUT, name=name, wait=wait
         )
         if wait and view.state != goal:
-            raise SnapError(
+            raise NotRunningError(
                 f"module {name} is {view.state}, not {goal}: {view.cause}",
                 f"`snapctl module logs {name}` prints what it wrote",
             )
