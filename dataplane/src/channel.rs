@@ -308,7 +308,18 @@ impl Rx {
     /// Ask to be woken by the next message; false when there is one now.
     pub fn arm(&mut self, how: u32) -> Result<bool> {
         self.release();
-        self.consumer.arm(&self.mem, how).map_err(|fault| self.core.fail(fault))
+        let armed = self.consumer.arm(&self.mem, how).map_err(|fault| self.core.fail(fault))?;
+        if armed || !self.core.paused() {
+            return Ok(armed);
+        }
+        // What a pause holds back is not there yet; the end of the pause wakes everybody.
+        self.raise(how);
+        sync::heavy_fence();
+        let still = self.core.paused();
+        if !still {
+            self.lower();
+        }
+        Ok(still)
     }
 
     /// Raise the armed word only: a heavy fence and another look must follow before anybody sleeps.
@@ -323,7 +334,7 @@ impl Rx {
 
     /// Whether there is nothing to receive and nothing to say.
     pub fn idle(&mut self) -> bool {
-        matches!(self.peek(), Ok(None)) && self.check().is_ok()
+        (matches!(self.peek(), Ok(None)) || self.core.paused()) && self.check().is_ok()
     }
 
     pub fn armed_word(&self) -> &AtomicU32 {

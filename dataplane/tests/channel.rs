@@ -296,3 +296,14 @@ fn each_wrong_field_of_a_header_is_named() {
     small.slots = 63;
     assert!(matches!(small.open(Role::Client, 3), Err(Error::Faulted(Fault::Geometry))));
 }
+
+#[test]
+fn a_pause_puts_the_receiver_to_sleep_whatever_is_in_the_ring() {
+    let (segments, mut client, mut server) = channel(64, 0, 0);
+    client.tx.put(0, b"before the pause").expect("room");
+    client.tx.publish();
+    segments.set_state(State::Paused);
+    assert!(server.rx.arm(ARMED_EVENT).expect("sound") && server.rx.idle());
+    segments.set_state(State::Open);
+    assert!(!server.rx.arm(ARMED_EVENT).expect("sound") && !server.rx.idle());
+}

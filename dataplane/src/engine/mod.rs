@@ -19,7 +19,7 @@ pub struct Channel {
 #[derive(Default)]
 pub struct Channels {
     list: Vec<Channel>,
-    dropped: Vec<(u64, Error)>,
+    dropped: Vec<(Channel, Error)>,
     first: usize,
 }
 
@@ -65,13 +65,13 @@ impl Channels {
         failed.sort_by_key(|(index, _)| std::cmp::Reverse(*index));
         for (index, error) in failed {
             let channel = self.list.remove(index);
-            self.dropped.push((channel.id, error));
+            self.dropped.push((channel, error));
         }
         used
     }
 
     /// Channels dropped since the last call.
-    pub fn take_dropped(&mut self) -> Vec<(u64, Error)> {
+    pub fn take_dropped(&mut self) -> Vec<(Channel, Error)> {
         std::mem::take(&mut self.dropped)
     }
 }

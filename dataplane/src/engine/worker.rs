@@ -181,8 +181,10 @@ fn report(shared: &Shared, channels: &mut Channels) {
     if dropped.is_empty() {
         return;
     }
+    // Its bell is the client's as well: left in the poller, it would go on waking this worker.
+    dropped.iter().for_each(|(channel, _)| shared.poller.remove(channel.rx.core().own_bell()));
     let mut faults = shared.faults.lock().unwrap_or_else(PoisonError::into_inner);
-    faults.extend(dropped.into_iter().map(|(id, error)| (id, error.to_string())));
+    faults.extend(dropped.into_iter().map(|(channel, error)| (channel.id, error.to_string())));
     drop(faults);
     shared.news.ring();
 }

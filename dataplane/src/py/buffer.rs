@@ -41,7 +41,9 @@ fn released(py: Python<'_>, what: &str) -> PyErr {
 }
 
 const LENT: u8 = 0;
-const DONE: u8 = 1;
+/// `send_loan` waits for room: no new views, and nothing that takes the memory back.
+const SENDING: u8 = 1;
+const DONE: u8 = 2;
 
 /// Writable memory of this end's pool, on its way to be sent.
 #[pyclass(frozen, module = "snap.dataplane._native")]
@@ -68,8 +70,8 @@ impl Loan {
         self.state.load(Ordering::Acquire) == LENT
     }
 
-    /// What to send, if this is a loan of that end, unsent, and nobody can write it any more.
-    pub fn reference(&self, py: Python<'_>, core: &Arc<Core>) -> PyResult<LoanRef> {
+    /// What to send, if this is a loan of that end, unsent, and nobody can write it any more. It stays so until `sent`.
+    pub fn begin_sending(&self, py: Python<'_>, core: &Arc<Core>) -> PyResult<LoanRef> {
         if !self.lent() {
             return Err(released(py, "the loan was sent or released already"));
         }
@@ -82,6 +84,7 @@ impl Loan {
                 "the loan still has writable views (NumPy arrays or memoryviews): delete them before sending it",
             ));
         }
+        self.state.store(SENDING, Ordering::Release);
         Ok(self.reference)
     }
 
@@ -94,12 +97,13 @@ impl Loan {
         Ok(())
     }
 
-    pub fn sent(&self, _py: Python<'_>) {
-        self.state.store(DONE, Ordering::Release);
+    /// Whether it went out; otherwise it is lent as before.
+    pub fn sent(&self, out: bool) {
+        self.state.store(if out { DONE } else { LENT }, Ordering::Release);
     }
 
     fn give_back(&self) {
-        if self.state.swap(DONE, Ordering::AcqRel) == LENT {
+        if self.state.compare_exchange(LENT, DONE, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
             self.core.cancel_loan(self.reference.place.token);
         }
     }

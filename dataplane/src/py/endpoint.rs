@@ -360,11 +360,12 @@ impl Endpoint {
     fn send_loan(&self, py: Python<'_>, loan: &Loan, tag: u64, timeout: Option<f64>, wait: u8) -> PyResult<()> {
         let mut tx = self.tx.enter(py)?;
         tx.check().map_err(|error| convert(py, error))?;
-        let reference = loan.reference(py, &self.core)?;
-        if !put(py, &mut tx, timeout, wait, |tx| tx.put_loan(tag, reference))? {
+        let reference = loan.begin_sending(py, &self.core)?;
+        let outcome = put(py, &mut tx, timeout, wait, |tx| tx.put_loan(tag, reference));
+        loan.sent(matches!(outcome, Ok(true)));
+        if !outcome? {
             return Err(unsent(py, timeout));
         }
-        loan.sent(py);
         tx.publish();
         Ok(())
     }

@@ -70,7 +70,7 @@ impl Poller {
             let something = if member.room {
                 !matches!(endpoint.tx().enter(py)?.still_stalled(), Ok(true))
             } else {
-                !matches!(rx.peek(), Ok(None))
+                !matches!(rx.peek(), Ok(None)) && !rx.core().paused()
             };
             if something || rx.check().is_err() {
                 return Ok(true);

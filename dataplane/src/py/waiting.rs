@@ -14,7 +14,7 @@ use crate::ring::ARMED_FUTEX;
 /// Looks taken with the GIL held before it is given up: about two microseconds, less than giving it up and back costs
 /// when the answer is on its way.
 const HELD_LOOKS: u32 = 256;
-/// Spinning without the GIL comes back this often for signals.
+/// Waiting without the GIL comes back this often for signals, or after a sleep.
 const SIGNAL_SLICE: Duration = Duration::from_millis(20);
 
 pub fn mode(number: u8) -> PyResult<Wait> {
@@ -147,7 +147,8 @@ fn slice(what: &mut impl Awaited, deadline: Deadline, wait: Wait, since: Instant
             }
             continue;
         }
-        if what.sleep(deadline.left())? {
+        // Not only when interrupted: a signal may come just before the sleep, or a peer may keep waking us for nothing.
+        if what.sleep(deadline.left())? || began.elapsed() > SIGNAL_SLICE {
             return Ok(Outcome::Signals);
         }
     }
