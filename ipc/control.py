@@ -191,6 +191,7 @@ class _Line:
     def close(self) -> None:
         self._poller.unregister(self._monitor)
         self._socket.disable_monitor()
+        self._monitor.close()
         self._socket.close()
 
 
