@@ -7,6 +7,8 @@ import string
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import pytest
 
 from snap.modules.check import Report, check
 
+LIMIT = 20.0
+EXAMPLE = Path(__file__).parent.parent / "examples" / "ticker"
 TEMPLATES = resources.files("snap.modules") / "templates"
 
 
@@ -125,3 +129,50 @@ def test_a_directory_without_a_manifest_is_no_module(tmp_path: Path) -> None:
 def test_the_check_without_a_path_says_how_to_call_it() -> None:
     done = python("-m", "snap.modules.check")
     assert (done.returncode, done.stdout) == (2, "") and "usage" in done.stderr
+
+
+# -- under a real kernel -------------------------------------------------------------------------------------
+
+
+def test_a_fresh_module_serves_an_application_under_a_kernel(fresh: Path, kernel: Callable[..., Any]) -> None:
+    running = kernel(modules=fresh.parent)
+    with running.control() as control:
+        assert control.call("module.start", name=fresh.name, wait=True)["state"] == "ready"
+    with running.connect() as client, client.open(fresh.name) as channel:
+        channel.send(b"hello", timeout=LIMIT)
+        assert channel.recv(timeout=LIMIT) == b"HELLO"
+
+
+def logged(control: Any, beginning: str) -> list[str]:
+    """The ticker's lines that begin so, as soon as there are any."""
+    end = time.monotonic() + LIMIT
+    while True:
+        lines: list[str] = control.call("module.logs", name="ticker", lines=100)["lines"]
+        if found := [line for line in lines if line.startswith(beginning)]:
+            return found
+        assert time.monotonic() < end, lines
+        time.sleep(0.1)
+
+
+def test_two_modules_speak_with_no_application_and_again_after_a_restart(kernel: Callable[..., Any]) -> None:
+    policy = (EXAMPLE / "policy.toml").read_text()
+    with kernel(policy=policy, modules=EXAMPLE / "modules").control() as control:
+        assert logged(control, "1 tick ")[0].endswith("by module:ticker")
+        control.call("module.restart", name="ledger", wait=True)
+        end = time.monotonic() + LIMIT
+        # The new ledger counts from 1 again: a second line "1 tick" can only be its.
+        while len(logged(control, "1 tick ")) < 2:
+            assert time.monotonic() < end, "the ticker did not find the new ledger"
+            time.sleep(0.1)
+        ticker = control.call("module.show", name="ticker")
+        assert (ticker["state"], ticker["generation"]) == ("ready", 1)
+
+
+def test_a_module_without_a_rule_gets_no_channel_to_another(kernel: Callable[..., Any]) -> None:
+    policy = (EXAMPLE / "policy.toml").read_text().replace('who = "module:ticker"', 'who = "module:other"')
+    with kernel(policy=policy, modules=EXAMPLE / "modules").control() as control:
+        end = time.monotonic() + LIMIT
+        while "denied" not in (cause := control.call("module.show", name="ticker")["cause"].lower()):
+            assert time.monotonic() < end, cause
+            time.sleep(0.1)
+        assert control.call("channel.list") == []

@@ -49,6 +49,7 @@ from snap.modules.worker import PythonWorker, Runner
 LIMIT = 10.0
 ECHO = Path(sys.modules[PyEcho.__module__].__file__ or "").parent
 T = TypeVar("T")
+Make = Callable[[int], Runner]
 
 
 def until(ready: Callable[[], T]) -> T:
@@ -72,16 +73,18 @@ def python_echo(wait: int) -> Runner:
 
 
 @pytest.fixture(params=[rust_echo, python_echo], ids=["rust", "python"])
-def make(request: pytest.FixtureRequest) -> Callable[[int], Runner]:
-    chosen: Callable[[int], Runner] = request.param
+def make(request: pytest.FixtureRequest) -> Make:
+    chosen: Make = request.param
     return chosen
 
 
-@pytest.fixture
-def runner(make: Callable[[int], Runner]) -> Iterator[Runner]:
-    worker = make(_native.ADAPTIVE)
-    yield worker
-    worker.stop(LIMIT)
+@contextlib.contextmanager
+def started(make: Make, wait: int = _native.ADAPTIVE) -> Iterator[Runner]:
+    worker = make(wait)
+    try:
+        yield worker
+    finally:
+        worker.stop(LIMIT)
     assert not getattr(worker, "crash", "")
 
 
@@ -104,20 +107,16 @@ def receive(pair: ChannelPair, count: int) -> list[bytes]:
 @pytest.mark.parametrize(
     "wait", [_native.ADAPTIVE, _native.BLOCK, _native.SPIN], ids=["adaptive", "block", "spin"]
 )
-def test_echo_answers_messages_of_every_size_in_order(make: Callable[[int], Runner], wait: int) -> None:
-    worker = make(wait)
-    try:
-        with clients(worker, 1) as (pair,):
-            messages = [os.urandom(size) for size in (0, 1, 8, 40, 41, 64, 500, 4096, 100_000)]
-            for message in messages:
-                pair.client.send(message, timeout=LIMIT)
-            assert receive(pair, len(messages)) == messages
-    finally:
-        worker.stop(LIMIT)
+def test_echo_answers_messages_of_every_size_in_order(make: Make, wait: int) -> None:
+    with started(make, wait) as worker, clients(worker, 1) as (pair,):
+        messages = [os.urandom(size) for size in (0, 1, 8, 40, 41, 64, 500, 4096, 100_000)]
+        for message in messages:
+            pair.client.send(message, timeout=LIMIT)
+        assert receive(pair, len(messages)) == messages
 
 
-def test_a_client_that_does_not_read_loses_nothing_and_holds_up_nobody(runner: Runner) -> None:
-    with clients(runner, 2, slots=64) as (slow, quick):
+def test_a_client_that_does_not_read_loses_nothing_and_holds_up_nobody(make: Make) -> None:
+    with started(make) as runner, clients(runner, 2, slots=64) as (slow, quick):
         sent = [b"%d" % number for number in range(1000)]
         taken = 0
         while burst := slow.client.send_many(sent[taken:], timeout=0.1):
@@ -129,16 +128,16 @@ def test_a_client_that_does_not_read_loses_nothing_and_holds_up_nobody(runner: R
         assert receive(slow, taken) == sent[:taken]
 
 
-def test_a_slow_client_with_large_messages_loses_nothing(runner: Runner) -> None:
-    with clients(runner, 1, slots=64, down_bytes=1 << 16) as (pair,):
+def test_a_slow_client_with_large_messages_loses_nothing(make: Make) -> None:
+    with started(make) as runner, clients(runner, 1, slots=64, down_bytes=1 << 16) as (pair,):
         sent = [os.urandom(10_000) for _ in range(40)]
         for message in sent:
             pair.client.send(message, timeout=LIMIT)
         assert receive(pair, len(sent)) == sent
 
 
-def test_a_client_whose_pool_cannot_hold_an_answer_is_dropped_and_others_served(runner: Runner) -> None:
-    with clients(runner, 1, down_bytes=1 << 16) as (small,), channel_pair() as other:
+def test_a_client_whose_pool_cannot_hold_an_answer_is_dropped_and_others_served(make: Make) -> None:
+    with started(make) as runner, clients(runner, 1, down_bytes=1 << 16) as (small,), channel_pair() as other:
         other.server.id = 99
         runner.attach(99, other.server)
         small.client.send(bytes(500_000), timeout=LIMIT)
@@ -148,14 +147,14 @@ def test_a_client_whose_pool_cannot_hold_an_answer_is_dropped_and_others_served(
         assert other.client.recv(timeout=LIMIT) == b"served"
 
 
-def test_a_client_that_may_not_receive_is_dropped_when_it_is_answered(runner: Runner) -> None:
-    with clients(runner, 1, rights=["send"]) as (pair,):
+def test_a_client_that_may_not_receive_is_dropped_when_it_is_answered(make: Make) -> None:
+    with started(make) as runner, clients(runner, 1, rights=["send"]) as (pair,):
         pair.client.send(b"?", timeout=LIMIT)
         assert [channel for channel, _ in until(runner.take_faults)] == [pair.server.id]
 
 
-def test_a_client_that_sends_without_the_right_is_dropped(runner: Runner) -> None:
-    with clients(runner, 1, rights=["recv"]) as (pair,):
+def test_a_client_that_sends_without_the_right_is_dropped(make: Make) -> None:
+    with started(make) as runner, clients(runner, 1, rights=["recv"]) as (pair,):
         ring, up, down, *bells = pair.descriptors
         geometry = (ring, up, down, 256, 1 << 20, 1 << 20)
         forger = _native.Endpoint(_native.CLIENT, *geometry, (bells[0], bells[1]), 1, rights=3)
@@ -164,8 +163,8 @@ def test_a_client_that_sends_without_the_right_is_dropped(runner: Runner) -> Non
         forger.close()
 
 
-def test_a_hostile_client_is_dropped_with_a_reason_and_others_served(runner: Runner) -> None:
-    with clients(runner, 2) as (hostile, good):
+def test_a_hostile_client_is_dropped_with_a_reason_and_others_served(make: Make) -> None:
+    with started(make) as runner, clients(runner, 2) as (hostile, good):
         hostile.scribble(seed=4)
         assert select.select([runner], [], [], LIMIT)[0]
         ((channel, reason),) = until(runner.take_faults)
@@ -174,16 +173,16 @@ def test_a_hostile_client_is_dropped_with_a_reason_and_others_served(runner: Run
         assert good.client.recv(timeout=LIMIT) == b"served"
 
 
-def test_a_revoked_channel_is_dropped_without_another_message(runner: Runner) -> None:
-    with clients(runner, 1) as (pair,):
+def test_a_revoked_channel_is_dropped_without_another_message(make: Make) -> None:
+    with started(make) as runner, clients(runner, 1) as (pair,):
         pair.client.send(b"before", timeout=LIMIT)
         assert pair.client.recv(timeout=LIMIT) == b"before"
         pair.revoke()
         assert [channel for channel, _ in until(runner.take_faults)] == [pair.server.id]
 
 
-def test_a_detached_channels_client_learns_it_and_others_are_served(runner: Runner) -> None:
-    with clients(runner, 2) as (leaving, staying):
+def test_a_detached_channels_client_learns_it_and_others_are_served(make: Make) -> None:
+    with started(make) as runner, clients(runner, 2) as (leaving, staying):
         runner.detach(leaving.server.id)
         staying.client.send(b"1", timeout=LIMIT)
         assert staying.client.recv(timeout=LIMIT) == b"1"
@@ -216,9 +215,9 @@ def test_the_statistics_page_tells_the_work_and_the_heartbeat(language: str) -> 
         os.close(fd)
 
 
-def test_a_stopped_engine_is_not_alive(runner: Runner) -> None:
-    assert runner.alive
-    runner.stop(LIMIT)
+def test_a_stopped_engine_is_not_alive(make: Make) -> None:
+    with started(make) as runner:
+        assert runner.alive
     assert not runner.alive
 
 
