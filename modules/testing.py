@@ -105,8 +105,7 @@ class ChannelPair:
         self._control.set_state("revoked", reason)
 
     def leave(self) -> None:
-        """Do what happens when the client's process dies."""
-        self._gate.shut(0)
+        """Be a client whose process leaves: the engine's end learns that its peer is gone."""
         self._control.set_state("gone", "the test's client left")
 
     def scribble(self, seed: int) -> None:
