@@ -118,6 +118,8 @@ def _report(settings: Settings, error: Exception) -> int:
     """Tell the operator what failed and what to do next. An error that is no known kind is a bug: it is re-raised."""
     from snap.ipc import SnapError
 
+    from .output import plain
+
     if isinstance(error, SnapError):
         code, name, message, hint = (
             error.exit_code,
@@ -132,8 +134,8 @@ def _report(settings: Settings, error: Exception) -> int:
         code, name, message, hint = 1, "failed", str(error), _HINTS[1]
     else:
         raise error
-    say(f"{PROGRAM}: {message}")
-    say(f"hint: {hint}")
+    say(f"{PROGRAM}: {plain(message)}")
+    say(f"hint: {plain(hint)}")
     return _json_error(settings, name, message, hint, code)
 
 

@@ -98,8 +98,9 @@ def _with_times(data: Any) -> Any:
 
 
 def print_json(kind: str, data: dict[str, Any], *, one_line: bool = False, err: bool = False) -> None:
+    """ASCII, for a terminal may take more than the first 32 characters as commands."""
     document = {"apiVersion": API_VERSION, "kind": kind, **data}
-    click.echo(json.dumps(document, indent=None if one_line else 2, ensure_ascii=False), err=err)
+    click.echo(json.dumps(document, indent=None if one_line else 2), err=err)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -592,6 +592,23 @@ def test_check_exits_1_and_names_the_problem(tmp_path: Path) -> None:
     assert done.stdout.startswith("manifest: ")
 
 
+def test_a_check_that_takes_too_long_is_a_deadline_and_leaves_no_process(tmp_path: Path) -> None:
+    target = tmp_path / "stuck"
+    assert snapctl("module", "new", "stuck", "--path", tmp_path).returncode == 0
+    (target / "engine.py").write_text("import time\ntime.sleep(1000)\n")
+    done = snapctl("module", "check", target, "--timeout", 2)
+    assert done.returncode == 7
+    assert "hint: " in done.stderr
+    assert not [entry for entry in Path("/proc").glob("[0-9]*/cmdline") if str(target) in read(entry)]
+
+
+def read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
 # -- pure parts -------------------------------------------------------------------------------------------------
 
 

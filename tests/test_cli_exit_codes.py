@@ -245,6 +245,18 @@ def test_a_kernel_in_the_foreground_is_this_process_and_ends_with_a_signal(kerne
             process.wait()
 
 
+def test_ctrl_c_while_a_kernel_comes_up_takes_it_down_again(kernel: Kernel) -> None:
+    process = subprocess.Popen(
+        [*SNAPCTL, "--runtime-dir", str(kernel.directory), "up"], stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not (kernel.directory / "kernel.log").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert kernel.code("status") == 9
+
+
 def test_a_kernel_that_cannot_start_says_why_here(kernel: Kernel) -> None:
     kernel.directory.mkdir()
     kernel.directory.chmod(0o777)

@@ -104,7 +104,9 @@ def _page(view: ModuleView) -> None:
                 for engine in view.engines
             ],
         )
-    if view.sandbox:
+    if not view.sandbox:
+        field("sandbox", "no layer is reported: it runs with the kernel's own rights")
+    else:
         # The layers are the module's platform's to name: whatever keys they have are the columns.
         keys = list(dict.fromkeys(key for layer in view.sandbox for key in layer))
         click.echo("\nsandbox")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from string import Template
@@ -108,15 +111,28 @@ def _report(path: Path, seconds: float) -> dict[str, Any]:
     """What `python -m snap.modules.check` finds. Raises DeadlineError, or SnapError when it breaks itself."""
     from snap.ipc import DeadlineError, SnapError
 
-    command = [*PYTHON, "snap.modules.check", str(path.resolve())]
+    # A session of its own: what the module's code starts, or is stuck in, ends with the check.
+    process = subprocess.Popen(
+        [*PYTHON, "snap.modules.check", str(path.resolve())],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        try:
+            said, complained = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise DeadlineError(
+                f"the check of {path} did not end within {seconds:g} s", "does it work at import time?"
+            ) from None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-        report: dict[str, Any] = json.loads(done.stdout)
-    except subprocess.TimeoutExpired:
-        raise DeadlineError(
-            f"the check of {path} did not end within {seconds:g} s", "does it work at import time?"
-        ) from None
+        report: dict[str, Any] = json.loads(said)
     except json.JSONDecodeError:
-        last = done.stderr.strip().rpartition("\n")[2]
+        last = complained.strip().rpartition("\n")[2]
         raise SnapError(f"the check itself failed: {last}", "install Snap again: `pip install .`") from None
     return report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
     from snap.ipc import SnapError
 
 START_TIMEOUT: Final = 20.0
+END_TIMEOUT: Final = 5.0
 ASK_EVERY: Final = 0.05
 ASK_TIMEOUT: Final = 0.5
 LOG_LINES: Final = 20
+WORDS: Final = "its last words are above and in kernel.log"
 
 
 @click.command()
@@ -86,7 +89,6 @@ def _answering(settings: Settings) -> int:
 
 def _start(settings: Settings, directory: Path, command: list[str]) -> int:
     """Start `command` in a session of its own and return its pid once it answers. Raises what kept it from it."""
-    from snap.ipc import DeadlineError, UnreachableError
     from snap.ipc.paths import KERNEL_LOG
 
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -97,26 +99,45 @@ def _start(settings: Settings, directory: Path, command: list[str]) -> int:
         process = subprocess.Popen(
             command, cwd="/", stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True
         )
+    try:
+        _await(settings, process, seconds)
+    except BaseException:
+        _end(process)
+        raise
+    finally:
+        if process.returncode is not None:
+            _print_log(log, begin)
+    # It is to outlive this process: nobody here will wait for it.
+    process.returncode = 0
+    return process.pid
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """By its own order, in which it clears away what it made, or by force."""
+    process.terminate()
+    try:
+        process.wait(END_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _await(settings: Settings, process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Return when `process` answers as the kernel. Raises what its end says, or DeadlineError after `seconds`."""
+    from snap.ipc import DeadlineError, UnreachableError
+
     deadline = time.monotonic() + seconds
     while process.poll() is None:
-        try:
+        with suppress(UnreachableError, DeadlineError):
             if _answering(settings) == process.pid:
-                # It is to outlive this process: nobody here will wait for it.
-                process.returncode = 0
-                return process.pid
-        except (UnreachableError, DeadlineError):
-            pass
+                return
         if time.monotonic() > deadline:
-            process.kill()
-            process.wait()
-            _print_log(log, begin)
             raise DeadlineError(
                 f"the kernel did not answer within {seconds:g} s and was ended",
-                f"its words are above and in {log}; try a longer --timeout",
+                f"{WORDS}; try a longer --timeout",
             )
         time.sleep(ASK_EVERY)
-    _print_log(log, begin)
-    raise _failure(process.returncode, log)
+    raise _failure(process.returncode)
 
 
 def _print_log(log: Path, begin: int) -> None:
@@ -130,7 +151,7 @@ def _print_log(log: Path, begin: int) -> None:
         say(f"kernel: {plain(line)}")
 
 
-def _failure(status: int, log: Path) -> SnapError:
+def _failure(status: int) -> SnapError:
     """The kernel exits as snapctl does: its status says what kind of failure it was."""
     from snap.ipc import BusyError, DeniedError, SnapError, UsageError
 
@@ -140,5 +161,5 @@ def _failure(status: int, log: Path) -> SnapError:
     how = f"by signal {-status}" if status < 0 else f"with status {status}"
     return kinds.get(status, SnapError)(
         f"the kernel ended {how} before it answered",
-        f"its last words are above and in {log}; `snapctl doctor` checks this machine",
+        f"{WORDS}; `snapctl doctor` checks this machine",
     )
