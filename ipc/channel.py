@@ -73,12 +73,15 @@ class Channel(Endpoint):
         return self
 
     def close(self) -> None:
-        """Unmap, and tell the kernel; idempotent. Loans and payloads that are held keep their memory mapped."""
-        super().close()
-        self._wake_all()
+        """Tell the kernel, and unmap; idempotent. Loans and payloads that are held keep their memory mapped."""
         on_close, self._on_close = self._on_close, None
-        if on_close is not None:
-            on_close()
+        try:
+            # First: to the provider this is then a client that left, not one that broke.
+            if on_close is not None:
+                on_close()
+        finally:
+            super().close()
+            self._wake_all()
 
     def reopen(self, timeout: float = 10.0) -> Channel:
         """Close this channel and open a new one by the same capability, waiting until the service is ready again.

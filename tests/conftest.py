@@ -40,6 +40,8 @@ rights = ["connect", "send", "recv", "copy", "move", "delegate", "inspect"]
 [[operator]]
 who = "owner"
 rights = ["operate", "inspect"]
+[modules.echo]
+autostart = true
 """
 
 
