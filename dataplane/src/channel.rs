@@ -225,12 +225,13 @@ pub struct Rx {
 }
 
 impl Rx {
-    /// Begin a burst. A peer that is gone is reported only when everything it sent has been received.
+    /// Begin a burst. A peer that is gone is reported only when everything it sent has been received, unless the kernel
+    /// shut the gate: then nothing more is, whatever the state word says.
     #[inline]
     pub fn check(&mut self) -> Result<()> {
         match self.core.check() {
             Ok(()) => Ok(()),
-            Err(Error::Gone) if self.pending()? => Ok(()),
+            Err(Error::Gone) if self.core.gate_open() && self.pending()? => Ok(()),
             Err(error) => Err(error),
         }
     }

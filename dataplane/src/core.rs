@@ -155,7 +155,7 @@ impl Core {
     #[inline]
     pub fn check(&self) -> Result<()> {
         let state = self.ring.u32_at(layout::OFF_STATE).load(Ordering::Acquire);
-        let gate_open = self.gate.as_ref().is_none_or(Line::is_open);
+        let gate_open = self.gate_open();
         if state == State::Open as u32
             && gate_open
             && self.fault.load(Ordering::Relaxed) == 0
@@ -165,6 +165,12 @@ impl Core {
             return Ok(());
         }
         self.explain(state, gate_open)
+    }
+
+    /// Whether the kernel still lets this end serve the channel; always, at a client's end.
+    #[inline]
+    pub fn gate_open(&self) -> bool {
+        self.gate.as_ref().is_none_or(Line::is_open)
     }
 
     #[cold]
@@ -182,14 +188,12 @@ impl Core {
             return Err(self.fail(Fault::Shrunk));
         }
         self.shrunk_seen.store(shrunk, Ordering::Relaxed);
-        // Before the state word, which the client can write as well: "gone" would let it go on sending.
-        if !gate_open {
-            return Err(Error::Revoked);
-        }
         match State::from_word(word) {
-            Some(State::Revoked) => Err(Error::Revoked),
-            Some(State::Moved) => Err(Error::Moved),
             Some(State::Gone) => Err(Error::Gone),
+            Some(State::Revoked) => Err(Error::Revoked),
+            // The client can write the state word as well: no other state is believed behind a shut gate.
+            _ if !gate_open => Err(Error::Revoked),
+            Some(State::Moved) => Err(Error::Moved),
             Some(State::Faulted) => Err(Error::Faulted(Fault::from_number((word >> 8) as u8))),
             Some(State::Open | State::Paused) => Ok(()),
             None => Err(self.fail(Fault::State)),
