@@ -116,6 +116,9 @@ class Bootstrap:
         self._loop.add_reader(sock, self._acceptable)
 
     def close(self) -> None:
+        """Idempotent."""
+        if self._sock.fileno() < 0:
+            return
         if self._pause is not None:
             self._pause.cancel()
         self._loop.remove_reader(self._sock)

@@ -326,8 +326,9 @@ class Broker:
     # -- ending -----------------------------------------------------------------------------------------------
 
     def close_own(self, principal: Principal, number: int) -> None:
-        """Raises NotFoundError."""
-        self.close(self._own(principal, number), "closed by its client")
+        """One that has ended already is closed: its client could not know. Raises NotFoundError for any other."""
+        if number in self.channels or not 0 < number <= self._last_id:
+            self.close(self._own(principal, number), "closed by its client")
 
     def close(self, channel: Channel, reason: str) -> None:
         self._end(channel, "gone", reason)

@@ -29,10 +29,10 @@ class _Operation:
 
 
 class Operations:
-    """The operations of the module `name`; `settle` is told of every state that it enters."""
+    """The operations of the module `name`. `state` gives its state and cause; `settle` is called when it changes."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, state: Callable[[], tuple[str, str]]) -> None:
+        self._name, self._state = name, state
         self._current: _Operation | None = None
 
     async def run(self, kind: str, begin: Callable[[], None], within: float, wait: bool) -> None:
@@ -52,8 +52,9 @@ class Operations:
                 "it goes on: see `snapctl module show`",
             ) from error
 
-    def settle(self, state: str, cause: str) -> None:
+    def settle(self) -> None:
         current = self._current
+        state, cause = self._state()
         if current is None:
             return
         if current.kind == STOP:
@@ -75,6 +76,7 @@ class Operations:
         current = self._current = _Operation(kind, asyncio.get_running_loop().create_future())
         current.done.add_done_callback(lambda done: done.exception())  # nobody has to wait for it
         begin()
+        self.settle()  # there may have been nothing to do
         return current
 
     def _end(self, error: Exception | None) -> None:

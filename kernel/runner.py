@@ -92,7 +92,7 @@ class Runner:
         self.found = found
         self.name = found.manifest.name
         self.machine = machine
-        self.operations = Operations(self.name)
+        self.operations = Operations(self.name, lambda: (machine.state, machine.cause))
         self.gate: GatePage | None = None
         self.log = LogPipe(log)
         self._host, self._events, self._hooks = host, events, hooks
@@ -216,7 +216,7 @@ class Runner:
         if now_in != self._seen:
             self._seen, self._since = now_in, time.time()
             self._hooks.changed(self)
-        self.operations.settle(self.machine.state, self.machine.cause)
+            self.operations.settle()
 
     def _set_timer(self, name: str, delay: float) -> None:
         self._cancel_timer(name)
