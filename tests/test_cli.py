@@ -394,7 +394,11 @@ def test_logs_follow_until_ctrl_c_and_print_each_line_once(kernel: PlayedKernel)
     assert read_lines(process, 2) == ["one", "two"]
     lines = [*lines, "two", "three"]
     assert read_lines(process, 2) == ["two", "three"]
-    assert interrupt(process) == (130, "", "")
+    lines = ["after", "a flood"]
+    assert read_lines(process, 2) == lines
+    status, rest, said = interrupt(process)
+    assert (status, rest) == (130, "")
+    assert said == f"some lines were missed: all are in {kernel.directory}/log/echo.log"
 
 
 def test_a_reader_that_leaves_ends_it_quietly(kernel: PlayedKernel) -> None:

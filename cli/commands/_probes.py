@@ -122,7 +122,7 @@ def _probes(runtime: Path) -> list[Probe]:
         Probe(
             "futex_waitv",
             _futex_waitv,
-            "an engine that sleeps on many channels is woken through one shared word instead",
+            "an engine that sleeps on many channels waits for their eventfds only: a system call more to wake it",
             "Linux 5.16 or later; a container's seccomp profile must allow it",
         ),
         Probe(

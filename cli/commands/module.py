@@ -105,7 +105,7 @@ def _page(view: ModuleView) -> None:
             ],
         )
     if not view.sandbox:
-        field("sandbox", "no layer is reported: it runs with the kernel's own rights")
+        field("sandbox", "this kernel reports no layer")
     else:
         # The layers are the module's platform's to name: whatever keys they have are the columns.
         keys = list(dict.fromkeys(key for layer in view.sandbox for key in layer))
