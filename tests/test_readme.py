@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from snap.cli.demo import stage
+from snap.cli.demo.stage import Stage, start_kernel
 from snap.ipc import connect
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
@@ -32,7 +32,8 @@ def runtime_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     (package / "module.toml").write_text(block("toml", 'name = "upper"'))
     (package / "engine.py").write_text(block("python", "class Upper"))
     monkeypatch.setenv("SNAP_MODULE_PATH", str(package.parent))
-    with stage.kernel(tmp_path / "run"):
+    with Stage() as stage:
+        start_kernel(stage, tmp_path / "run")
         yield tmp_path / "run"
 
 

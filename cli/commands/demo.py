@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..demo.plan import Plan
     from ..demo.roundtrip import Percentiles
+    from ..demo.stage import Stage
 
 MODULE: Final = "relay"
 READY_SECONDS: Final = 30.0
@@ -76,61 +77,64 @@ def demo(settings: Settings, path: Path | None, restart: str, window: int, keep:
     a table: files, bytes, rate, the gap of the restart, and round trips beside a Unix socket and ZeroMQ, measured in
     the same run. Exits with 1 when a checksum differs.
     """
-    from ..demo import stage
+    from ..demo.stage import Stage
 
-    with stage.sigterm_like_ctrl_c(), stage.workspace(keep) as folder:
+    with Stage(keep) as stage:
         if keep:
-            say(f"keeping {folder}")
-        result, trips = _run(settings, folder, path, restart, window)
+            say(f"keeping {stage.folder}")
+        result, trips = _run(settings, stage, path, restart, window)
     _show(settings.output, result, trips)
 
 
 def _run(
-    settings: Settings, folder: Path, path: Path | None, restart: str, window: int
+    settings: Settings, stage: Stage, path: Path | None, restart: str, window: int
 ) -> tuple[Result, list[Percentiles]]:
     from snap.ipc import UsageError, connect
     from snap.ipc.control import ControlClient
 
-    from ..demo import plan, roundtrip, stage
+    from ..demo import plan, roundtrip
+    from ..demo.stage import start_kernel
 
     try:
         tree = plan.scan(path or plan.standard_library(), frozenset() if path else plan.NOT_STANDARD)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", "give another --path") from error
-    runtime_dir = settings.runtime_dir or folder / "run"
+    runtime_dir = settings.runtime_dir or stage.folder / "run"
     with ExitStack() as stack:
-        stack.enter_context(stage.kernel(runtime_dir))
+        start_kernel(stage, runtime_dir)
         operator = stack.enter_context(ControlClient(runtime_dir))
         for module in (MODULE, "echo"):
             operator.call("module.start", timeout=READY_SECONDS, name=module, wait=True)
         client = stack.enter_context(connect(runtime_dir=runtime_dir))
-        result = _transfer(client, operator, tree, runtime_dir, folder / "written", restart, window)
+        result = _transfer(stage, client, operator, tree, runtime_dir, restart, window)
         say("measuring round trips")
-        return result, roundtrip.compare(client, folder)
+        return result, roundtrip.compare(stage, client)
 
 
 def _transfer(
+    stage: Stage,
     client: Client,
     operator: ControlClient,
     tree: Plan,
     runtime_dir: Path,
-    written: Path,
     restart: str,
     window: int,
 ) -> Result:
-    from ..demo import plan, stage, verify
+    from ..demo import plan, verify
     from ..demo.sender import Sender
+    from ..demo.stage import Writer
 
+    written = stage.folder / "written"
     written.mkdir()
     interrupt = None if restart == "none" else _interruption(operator, restart)
-    with stage.Writer(runtime_dir, written) as writer:
-        with _progress("sending", len(tree.chunks)) as on_progress:
-            channel = client.open("relay-in", up_bytes=POOL_BYTES, wait=READY_SECONDS)
-            sender = Sender(channel, tree, window, on_progress, writer.check, interrupt)
-            begin = time.monotonic()
-            sender.run()
-            seconds = time.monotonic() - begin
-        seen = writer.finish()
+    writer = Writer(stage, runtime_dir, written)
+    with _progress("sending", len(tree.chunks)) as on_progress:
+        channel = client.open("relay-in", up_bytes=POOL_BYTES, wait=READY_SECONDS)
+        sender = Sender(channel, tree, window, on_progress, writer.check, interrupt)
+        begin = time.monotonic()
+        sender.run()
+        seconds = time.monotonic() - begin
+    seen = writer.finish()
     with _progress("verifying", len(tree.files)) as on_progress:
         wrong = verify.differences(tree, written, on_progress)
     _demand_equal(tree, seen["files"], wrong)

@@ -6,21 +6,18 @@ The peers' other ends run here too: `python -m snap.cli.demo.roundtrip unix|zmq 
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Final, NamedTuple
 
 import zmq
 
 from snap import ipc
 
-from ..commands._base import PYTHON
+from .stage import Stage
 
 MESSAGE: Final = b"x" * 64
 ROUNDS: Final = 5
@@ -40,15 +37,15 @@ class Percentiles(NamedTuple):
     p999: float
 
 
-def compare(client: ipc.Client, folder: Path) -> list[Percentiles]:
+def compare(stage: Stage, client: ipc.Client) -> list[Percentiles]:
     """Measure all ways, a round of each in turn. Raises SnapError when the service `echo` fails."""
     with contextlib.ExitStack() as stack:
         channel = stack.enter_context(client.open("echo", wait=TIMEOUT_SECONDS))
         ways = {
             "Snap, spinning": _snap(channel, ipc.SPIN),
             "Snap, blocking": _snap(channel, ipc.BLOCK),
-            "Unix socket": stack.enter_context(_unix()),
-            "ZeroMQ": stack.enter_context(_zeromq(folder / "peer.sock")),
+            "Unix socket": stack.enter_context(_unix(stage)),
+            "ZeroMQ": stack.enter_context(_zeromq(stage)),
         }
         rounds: dict[str, list[list[int]]] = {way: [] for way in ways}
         for _ in range(ROUNDS):
@@ -86,48 +83,34 @@ def _snap(channel: ipc.Channel, wait: int) -> Trip:
 
 
 @contextlib.contextmanager
-def _unix() -> Iterator[Trip]:
+def _unix(stage: Stage) -> Iterator[Trip]:
     near, far = socket.socketpair()
     with near:
         with far:
-            peer = _start("unix", str(far.fileno()), pass_fds=(far.fileno(),))
-        with _ended(peer):
-            near.settimeout(TIMEOUT_SECONDS)
+            stage.start(__name__, "unix", str(far.fileno()), pass_fds=(far.fileno(),))
+        near.settimeout(TIMEOUT_SECONDS)
 
-            def trip() -> None:
-                near.sendall(MESSAGE)
-                near.recv(len(MESSAGE))
+        def trip() -> None:
+            near.sendall(MESSAGE)
+            near.recv(len(MESSAGE))
 
-            yield trip
+        yield trip
 
 
 @contextlib.contextmanager
-def _zeromq(path: Path) -> Iterator[Trip]:
+def _zeromq(stage: Stage) -> Iterator[Trip]:
     with zmq.Context() as context, context.socket(zmq.PAIR) as near:
         near.setsockopt(zmq.LINGER, 0)
         near.setsockopt(zmq.RCVTIMEO, int(TIMEOUT_SECONDS * 1000))
+        path = stage.folder / "peer.sock"
         near.bind(f"ipc://{path}")
-        with _ended(_start("zmq", os.fspath(path))):
+        stage.start(__name__, "zmq", path)
 
-            def trip() -> None:
-                near.send(MESSAGE)
-                near.recv()
+        def trip() -> None:
+            near.send(MESSAGE)
+            near.recv()
 
-            yield trip
-
-
-def _start(kind: str, where: str, pass_fds: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
-    argv = [*PYTHON, "snap.cli.demo.roundtrip", kind, where]
-    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, pass_fds=pass_fds, start_new_session=True)
-
-
-@contextlib.contextmanager
-def _ended(peer: subprocess.Popen[bytes]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        peer.kill()
-        peer.wait()
+        yield trip
 
 
 def _echo_unix(fd: int) -> None:

@@ -23,7 +23,7 @@ STALL_SECONDS = 60.0
 class Sender:
     """Owns `channel`, and sends until the writer has acknowledged everything.
 
-    `on_progress(acknowledged)` is called as it goes, `on_wait` is called now and then while nothing moves, and may raise.
+    `on_progress(acknowledged)` is called as it goes; `on_wait` now and then while nothing moves, and it may raise.
 
     `interrupt` is called once, when half is acknowledged; the last quarter waits until the channel was lost and
     opened again, so that the interruption always falls into the transfer however fast that is.

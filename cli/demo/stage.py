@@ -11,49 +11,120 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Final, Self
 
 from snap import ipc
 from snap.ipc import paths
 
 from ..commands._base import PYTHON
 
-START_SECONDS = 30.0
-STOP_SECONDS = 10.0
+START_SECONDS: Final = 30.0
+STOP_SECONDS: Final = 10.0
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
-@contextlib.contextmanager
-def workspace(keep: bool) -> Iterator[Path]:
-    """A private temporary folder; short, for the paths of Unix sockets are."""
-    folder = Path(tempfile.mkdtemp(prefix="snap-demo-"))
+class Stage:
+    """A temporary folder and processes, all of them gone when `with` ends.
+
+    Ctrl-C and SIGTERM raise KeyboardInterrupt, once; but never between a process's start and its being noted, and
+    never while everything is taken down.
+    """
+
+    folder: Path
+
+    def __init__(self, keep: bool = False) -> None:
+        self._keep = keep
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._held = True
+        self._interrupted = False
+
+    def __enter__(self) -> Self:
+        self._before = [signal.signal(number, self._interrupt) for number in SIGNALS]
+        # Short, for the paths of Unix sockets are.
+        self.folder = Path(tempfile.mkdtemp(prefix="snap-demo-"))
+        self._release()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._held = True
+        while self._children:
+            _end(self._children.pop())
+        if not self._keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        for number, handler in zip(SIGNALS, self._before, strict=True):
+            signal.signal(number, handler)
+        if self._interrupted and kind is None:
+            raise KeyboardInterrupt
+
+    def start(
+        self,
+        module: str,
+        *arguments: str | os.PathLike[str],
+        stdin: int = subprocess.DEVNULL,
+        out: IO[bytes] | int | None = None,
+        err: IO[bytes] | int | None = None,
+        pass_fds: tuple[int, ...] = (),
+        **environment: str,
+    ) -> subprocess.Popen[bytes]:
+        """Run `python -m module`, out of Ctrl-C's reach, until the stage ends."""
+        self._held = True
+        child = subprocess.Popen(
+            [*PYTHON, module, *(os.fspath(argument) for argument in arguments)],
+            stdin=stdin,
+            stdout=out,
+            stderr=err,
+            pass_fds=pass_fds,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+        self._children.append(child)
+        self._release()
+        return child
+
+    def _interrupt(self, *_: Any) -> None:
+        again, self._interrupted = self._interrupted, True
+        if not self._held and not again:
+            raise KeyboardInterrupt
+
+    def _release(self) -> None:
+        self._held = False
+        if self._interrupted:
+            raise KeyboardInterrupt
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    child.terminate()
     try:
-        yield folder
-    finally:
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
+        child.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+    for stream in (child.stdin, child.stdout, child.stderr):
+        if stream is not None:
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+    child.wait()
 
 
-@contextlib.contextmanager
-def kernel(runtime_dir: Path) -> Iterator[int]:
-    """Run a kernel on `runtime_dir` and yield its pid once it serves. Raises UnreachableError when it does not."""
+def start_kernel(stage: Stage, runtime_dir: Path) -> None:
+    """Run a kernel on `runtime_dir` and wait until it serves. Raises UnreachableError when it does not."""
     runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     log = runtime_dir / paths.KERNEL_LOG
-    ready = runtime_dir / "ready.sock"
+    ready = stage.folder / "ready.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices, log.open("ab") as out:
         notices.bind(os.fspath(ready))
-        child = subprocess.Popen(
-            [*PYTHON, "snap.kernel", "--runtime-dir", os.fspath(runtime_dir)],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            env={**os.environ, "NOTIFY_SOCKET": os.fspath(ready)},
-            start_new_session=True,  # Ctrl-C is for the demo, which stops the kernel in its turn
-        )
-        with _stopped(child):
+        try:
+            child = stage.start(
+                "snap.kernel",
+                "--runtime-dir",
+                runtime_dir,
+                out=out,
+                err=out,
+                NOTIFY_SOCKET=os.fspath(ready),
+            )
             _await_ready(child, notices, log)
-            yield child.pid
+        finally:
+            ready.unlink()
 
 
 def _await_ready(child: subprocess.Popen[bytes], notices: socket.socket, log: Path) -> None:
@@ -63,44 +134,18 @@ def _await_ready(child: subprocess.Popen[bytes], notices: socket.socket, log: Pa
         with contextlib.suppress(TimeoutError):
             if "READY=1" in notices.recv(4096).decode().splitlines():
                 return
-    tail = log.read_text(errors="replace").strip().splitlines()[-1:] or ["its log is empty"]
+    words = log.read_text(errors="replace").strip().splitlines()[-1:] or ["its log is empty"]
     raise ipc.UnreachableError(
-        f"the demo's kernel did not start: {tail[0]}", "`snapctl doctor` says what is missing"
+        f"the demo's kernel did not start: {words[0]}", "`snapctl doctor` says what is missing"
     )
 
 
-@contextlib.contextmanager
-def _stopped(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        child.terminate()
-        try:
-            child.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-
-
 class Writer:
-    """The second process. Leaving the context closes its standard input, which ends it."""
+    """The second process."""
 
-    def __init__(self, runtime_dir: Path, root: Path) -> None:
-        self._child = subprocess.Popen(
-            [*PYTHON, "snap.cli.demo.writer", os.fspath(runtime_dir), os.fspath(root)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        with self._child:
-            if self._child.poll() is None and exc[0] is not None:
-                self._child.kill()
+    def __init__(self, stage: Stage, runtime_dir: Path, root: Path) -> None:
+        pipe = subprocess.PIPE
+        self._child = stage.start("snap.cli.demo.writer", runtime_dir, root, stdin=pipe, out=pipe, err=pipe)
 
     def check(self) -> None:
         """Raises SnapError when it has ended before its time."""
@@ -109,30 +154,13 @@ class Writer:
             raise ipc.SnapError("the writing process ended before everything was sent")
 
     def finish(self) -> dict[str, int]:
-        """Let it end; what it saw. Raises SnapError with its last words when it failed."""
+        """Let it end, by closing its input; returns what it saw. Raises SnapError with its last words if it failed."""
         try:
             out, err = self._child.communicate(timeout=STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            self._child.kill()
-            raise ipc.DeadlineError(
-                "the writing process does not end", "is the disk that it writes to stuck?"
-            ) from None
+            raise ipc.DeadlineError("the writing process does not end", "is its disk stuck?") from None
         if self._child.returncode != 0:
             words = err.decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
             raise ipc.SnapError(f"the writing process failed: {words[0]}")
         seen: dict[str, int] = json.loads(out)
         return seen
-
-
-@contextlib.contextmanager
-def sigterm_like_ctrl_c() -> Iterator[None]:
-    """SIGTERM unwinds as Ctrl-C does, so that the demo leaves nothing behind."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
