@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from snap.dataplane.errors import FaultedError, FullError, PeerGoneError, RevokedError
 from snap.modules import Engine, ServerChannel
@@ -195,6 +197,42 @@ def test_a_full_client_gets_every_answer_once_it_reads() -> None:
             got += burst
             harness.run()
         assert got == sent and len(sent) > 64
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("send"), st.integers(0, 20_000)),
+        st.tuples(st.just("read"), st.integers(1, 40)),
+        st.tuples(st.just("turn"), st.integers(1, 3)),
+    ),
+    max_size=200,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(STEPS, st.sampled_from([64, 128]), st.sampled_from([1 << 15, 1 << 17]), st.integers(1, 64))
+def test_whatever_a_client_sends_and_reads_when_it_gets_all_of_it_in_order(
+    steps: list[tuple[str, int]], slots: int, pool: int, budget: int
+) -> None:
+    with EngineHarness(PyEcho(), budget) as harness:
+        pair = harness.attach(slots=slots, up_bytes=pool, down_bytes=pool)
+        sent: list[bytes] = []
+        got: list[bytes] = []
+        for what, amount in steps:
+            if what == "send":
+                message = len(sent).to_bytes(4, "little") + bytes(amount)
+                if pair.client.send_many([message], timeout=0):
+                    sent.append(message)
+            elif what == "read":
+                got += pair.client.recv_many(amount, timeout=0)
+            else:
+                for _ in range(amount):
+                    harness.turn()
+        harness.run()
+        while burst := pair.client.recv_many(64, timeout=0):
+            got += burst
+            harness.run()
+        assert got == sent and harness.dropped == {}
 
 
 def answers(seed: int, **chances: float) -> tuple[list[bytes], list[str]]:
