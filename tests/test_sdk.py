@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import select
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 import pytest
 
 from snap.dataplane import _native
-from snap.dataplane.errors import BusyError, PeerGoneError
+from snap.dataplane.errors import BusyError, ChannelError, PeerGoneError
 from snap.ipc import seqpacket
 from snap.ipc.protocol import (
     Attach,
@@ -171,6 +172,30 @@ def test_a_hostile_client_is_dropped_with_a_reason_and_others_served(make: Make)
         assert channel == hostile.server.id and reason
         good.client.send(b"served", timeout=LIMIT)
         assert good.client.recv(timeout=LIMIT) == b"served"
+
+
+def test_random_bytes_anywhere_in_a_channel_hurt_that_channel_alone(make: Make) -> None:
+    with started(make) as runner, channel_pair() as good:
+        good.server.id = 1000
+        runner.attach(1000, good.server)
+        for seed in range(60):
+            chance = random.Random(seed)
+            with ChannelPair(id=seed + 1, slots=64, up_bytes=1 << 16, down_bytes=1 << 16) as hostile:
+                runner.attach(hostile.server.id, hostile.server)
+                for _ in range(20):
+                    with contextlib.suppress(ChannelError):
+                        hostile.client.send_many(
+                            [chance.randbytes(chance.choice([8, 200, 5000]))] * 3, timeout=0
+                        )
+                        hostile.client.recv_many(chance.randint(1, 4), timeout=0)
+                    segment = chance.choice(hostile.descriptors[:3])
+                    place = chance.randrange(os.fstat(segment).st_size - 64) & ~7
+                    os.pwrite(segment, chance.randbytes(chance.choice([1, 4, 8, 64])), place)
+                good.client.send(b"%d" % seed, timeout=LIMIT)
+                assert good.client.recv(timeout=LIMIT) == b"%d" % seed, f"seed {seed}"
+                runner.detach(hostile.server.id)
+        assert runner.alive
+        assert 1000 not in [channel for channel, _ in runner.take_faults()]
 
 
 def test_a_revoked_channel_is_dropped_without_another_message(make: Make) -> None:
