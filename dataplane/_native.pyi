@@ -1,7 +1,7 @@
 """Typed face of the Rust crate: see `dataplane/src/`."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Final, Self, final
+from collections.abc import Sequence
+from typing import Final, Self, final
 
 from typing_extensions import Buffer
 
