@@ -17,7 +17,7 @@ from ._base import Settings, call, control, say
 
 STOP_TIMEOUT: Final = 20.0
 KILL_TIMEOUT: Final = 5.0
-ASK_TIMEOUT: Final = 2.0
+ASK_TIMEOUT: Final = 5.0
 
 
 @click.command()
