@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from contextlib import suppress
@@ -94,12 +95,18 @@ def _start(settings: Settings, directory: Path, command: list[str]) -> int:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     log = directory / KERNEL_LOG
     seconds = settings.seconds(START_TIMEOUT)
+    # A Ctrl-C in the middle of making the process would leave one that nobody knows: it is held until after.
+    held: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
     with log.open("ab") as sink:
         begin = sink.tell()
         process = subprocess.Popen(
             command, cwd="/", stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True
         )
     try:
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            raise KeyboardInterrupt
         _await(settings, process, seconds)
     except BaseException:
         _end(process)
