@@ -24,11 +24,11 @@ from zmq.utils.monitor import recv_monitor_message
 from snap.dataplane.errors import DeadlineError, UnreachableError, UsageError, from_code
 
 from . import paths
-from .protocol import Decoder, EventView, Request, Response, encode
+from .protocol import MAX_CONTROL, Decoder, EventView, Request, Response, encode
 
 _PAGE: Final = 256
 _IDLE_MS: Final = 1000
-_RESPONSE: Final[Decoder[Response]] = Decoder(Response)
+_RESPONSE: Final[Decoder[Response]] = Decoder(Response, MAX_CONTROL)
 _EVENT: Final[Decoder[EventView]] = Decoder(EventView)
 
 
