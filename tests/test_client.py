@@ -1,0 +1,512 @@
+"""The application's client and the operator's, against real kernels, and against one that misbehaves."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snap.ipc import (
+    DeadlineError,
+    DeniedError,
+    HandleError,
+    NotFoundError,
+    PeerGoneError,
+    ProtocolError,
+    QuotaError,
+    RevokedError,
+    SnapError,
+    UnreachableError,
+    aconnect,
+    connect,
+    open_channel,
+    protocol,
+    seqpacket,
+)
+from snap.ipc.client import Client
+from snap.ipc.control import ControlClient
+from snap.ipc.requester import AsyncRequester, SocketRequester
+from snap.ipc.segment import Segment
+
+LIMIT = 20.0
+Start = Callable[..., Any]
+ROOT = Path(__file__).parent.parent
+
+
+def until(ready: Callable[[], Any]) -> Any:
+    """Ask until the answer is true; fails after `LIMIT` seconds."""
+    end = time.monotonic() + LIMIT
+    while not (answer := ready()):
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.01)
+    return answer
+
+
+def run(coroutine: Any) -> Any:
+    async def bounded() -> Any:
+        async with asyncio.timeout(LIMIT):
+            return await coroutine
+
+    return asyncio.run(bounded())
+
+
+# -- with a real kernel -------------------------------------------------------------------------------------
+
+
+def test_the_example_of_fifteen_lines_runs(kernel: Start) -> None:
+    one = kernel()
+    environment = {**os.environ, "SNAP_RUNTIME_DIR": str(one.directory)}
+    command = [sys.executable, ROOT / "examples" / "hello.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "hello, snap\n1048576 bytes that begin with b'large'\n"
+
+
+def test_a_channel_carries_messages_both_ways_and_is_gone_from_the_kernel_when_closed(kernel: Start) -> None:
+    one = kernel()
+    with one.connect() as client, one.control() as control:
+        assert client.principal.startswith(f"app:{os.getpid()}.")
+        with client.open("echo") as channel:
+            messages = [b"%d" % number for number in range(1000)]
+            received: list[bytes] = []
+            for start in range(0, 1000, 50):
+                channel.send_many(messages[start : start + 50], timeout=LIMIT)
+                while len(received) < start + 50:
+                    received += channel.recv_many(50, timeout=LIMIT)
+            assert received == messages
+            (view,) = control.call("channel.list")
+            assert (view["id"], view["client"]) == (channel.id, client.principal)
+            assert "up: sealed" in view["read_only"]
+        assert control.call("channel.list") == []
+        assert "channel.faulted" not in control.call("kernel.status")["events"]
+
+
+def test_one_client_serves_many_threads_at_once(kernel: Start) -> None:
+    one = kernel()
+    failures: list[BaseException] = []
+
+    def work(client: Client, number: int) -> None:
+        try:
+            for turn in range(5):
+                with client.open("echo") as channel:
+                    channel.send(b"%d/%d" % (number, turn), timeout=LIMIT)
+                    assert channel.recv(timeout=LIMIT) == b"%d/%d" % (number, turn)
+        except BaseException as error:
+            failures.append(error)
+
+    with one.connect() as client:
+        threads = [threading.Thread(target=work, args=(client, number)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LIMIT)
+    assert failures == []
+
+
+def test_a_service_that_nobody_provides_is_not_found_and_one_that_policy_denies_is_denied(
+    kernel: Start,
+) -> None:
+    one = kernel(policy="version = 1\n")
+    with one.connect() as client:
+        with pytest.raises((NotFoundError, DeniedError)):
+            client.lookup("nothing")
+        with pytest.raises(DeniedError):
+            client.open("echo")
+        assert client.capabilities() == []
+
+
+def test_rights_can_be_given_up_but_not_taken(kernel: Start) -> None:
+    one = kernel()
+    with one.connect() as client:
+        whole = client.lookup("echo")
+        part = client.attenuate(whole, ["connect", "recv"])
+        assert part.rights == {"connect", "recv"}
+        with pytest.raises(DeniedError):
+            client.attenuate(part, ["connect", "send"])
+        with pytest.raises(DeniedError):
+            client.copy(part)
+        with client.open(part) as channel, pytest.raises(DeniedError):
+            channel.send(b"may I?")
+        assert {cap.handle for cap in client.capabilities()} == {whole.handle, part.handle}
+
+
+def test_a_delegated_capability_is_used_by_another_principal_and_ends_with_its_giver(kernel: Start) -> None:
+    one = kernel()
+    with one.connect("giver") as giver, one.connect("taker") as taker:
+        own = giver.lookup("echo")
+        giver.delegate(own, taker.principal, ["connect", "send", "recv"])
+        (given,) = taker.capabilities()
+        service = type(own)("echo", given.handle, frozenset(given.rights))
+        with taker.open(service) as channel:
+            channel.send(b"lent")
+            assert channel.recv(timeout=LIMIT) == b"lent"
+            giver.revoke(own, itself=False)
+            with pytest.raises(RevokedError):
+                while True:
+                    channel.recv(timeout=LIMIT)
+            with pytest.raises((DeniedError, HandleError)):
+                channel.reopen()
+        assert giver.open(own).closed is False
+
+
+def test_a_forged_handle_opens_nothing(kernel: Start) -> None:
+    one = kernel()
+    with one.connect() as client:
+        own = client.lookup("echo")
+        with pytest.raises(HandleError):
+            client.open(type(own)("echo", own.handle + 1, own.rights))
+
+
+def test_leaving_the_kernel_ends_the_channels_that_were_opened_through_it(kernel: Start) -> None:
+    one = kernel()
+    with one.connect() as client:
+        channel = client.open("echo")
+    with pytest.raises((RevokedError, PeerGoneError)):
+        channel.recv(timeout=LIMIT)
+    channel.close()
+    with pytest.raises(UnreachableError, match="closed"):
+        client.lookup("echo")
+
+
+def test_the_shortcut_holds_its_own_connection_and_ends_it(kernel: Start) -> None:
+    one = kernel()
+    with one.control() as control:
+        with open_channel("echo", one.directory) as channel:
+            channel.send(b"short")
+            assert channel.recv(timeout=LIMIT) == b"short"
+        until(lambda: control.call("kernel.status")["principals"] == 1)
+
+
+def test_after_its_module_was_killed_a_channel_says_so_and_can_be_opened_again(kernel: Start) -> None:
+    one = kernel()
+    with one.connect() as client, one.control() as control, client.open("echo") as channel:
+        channel.send(b"before")
+        assert channel.recv(timeout=LIMIT) == b"before"
+        os.kill(control.call("module.show", name="echo")["pid"], signal.SIGKILL)
+        with pytest.raises(PeerGoneError):
+            channel.recv(timeout=LIMIT)
+        with channel.reopen(timeout=LIMIT) as again:
+            again.send(b"after")
+            assert again.recv(timeout=LIMIT) == b"after"
+        assert channel.closed
+
+
+def test_a_stopped_kernel_delays_only_requests_and_a_channel_that_came_too_late_is_given_back(
+    kernel: Start,
+) -> None:
+    one = kernel()
+    with one.connect() as client, one.control() as control, client.open("echo") as channel:
+        service = client.lookup("echo")
+        one.process.send_signal(signal.SIGSTOP)
+        try:
+            for number in range(1000):
+                channel.send(b"%d" % number, timeout=LIMIT)
+                assert channel.recv(timeout=LIMIT) == b"%d" % number
+            with pytest.raises(DeadlineError, match="no answer to Open"):
+                client.open(service, timeout=0.1)
+        finally:
+            one.process.send_signal(signal.SIGCONT)
+        assert client.lookup("echo").name == "echo"
+        until(lambda: client.capabilities() and len(control.call("channel.list")) == 1)
+
+
+def test_without_its_kernel_a_client_says_so_at_once(kernel: Start) -> None:
+    one = kernel()
+    with one.connect() as client:
+        client.lookup("echo")
+        one.kill()
+        with pytest.raises(UnreachableError, match="has gone"):
+            client.lookup("echo")
+        with pytest.raises(UnreachableError):
+            one.connect()
+    # The next one on this directory takes away what the killed one left.
+    with kernel(directory=one.directory).connect() as client:
+        assert client.lookup("echo").rights
+
+
+def test_the_same_under_asyncio(kernel: Start) -> None:
+    one = kernel()
+
+    async def main() -> None:
+        async with await aconnect(one.directory, "async") as client:
+            service = await client.alookup("echo")
+            channels = await asyncio.gather(*(client.aopen(service) for _ in range(4)))
+            for number, channel in enumerate(channels):
+                await channel.asend(b"%d" % number)
+            assert [await channel.arecv() for channel in channels] == [b"0", b"1", b"2", b"3"]
+            again = await channels[0].areopen()
+            await again.asend(b"again")
+            assert await again.arecv() == b"again"
+            with pytest.raises(NotFoundError):
+                await client.alookup("nothing")
+            held = {cap.object: cap.handle for cap in await client.acapabilities()}
+            assert held["service:echo"] == service.handle
+            for channel in (*channels, again):
+                channel.close()
+
+    run(main())
+
+
+def test_an_open_that_is_cancelled_leaves_no_channel_behind(kernel: Start) -> None:
+    one = kernel()
+
+    async def main() -> None:
+        async with await aconnect(one.directory) as client:
+            service = await client.alookup("echo")
+            for hops in range(6):
+                opening = asyncio.ensure_future(client.aopen(service))
+                for _ in range(hops):
+                    await asyncio.sleep(0.001)
+                if opening.done():
+                    opening.result().close()
+                    continue
+                opening.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await opening
+            await client.acapabilities()
+            with one.control() as control:
+                await asyncio.to_thread(until, lambda: not control.call("channel.list"))
+
+    run(main())
+
+
+# -- without a kernel ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stale(tmp_path: Path) -> Path:
+    """A runtime directory whose sockets nobody listens on."""
+    for name, kind in (
+        ("bootstrap.sock", socket.SOCK_SEQPACKET),
+        ("control.sock", socket.SOCK_STREAM),
+        ("events.sock", socket.SOCK_STREAM),
+    ):
+        with socket.socket(socket.AF_UNIX, kind) as sock:
+            sock.bind(str(tmp_path / name))
+    return tmp_path
+
+
+def test_nobody_at_the_sockets_is_unreachable_with_a_hint(stale: Path, tmp_path_factory: Any) -> None:
+    for directory in (stale, tmp_path_factory.mktemp("empty"), stale / "missing", Path("/" + "x" * 200)):
+        with pytest.raises(UnreachableError, match="snapctl up"):
+            connect(directory)
+        with ControlClient(directory, timeout=LIMIT * 10) as control:
+            with pytest.raises(UnreachableError, match="snapctl up"):
+                control.call("kernel.status")
+            with pytest.raises(UnreachableError, match="snapctl up"):
+                next(control.events())
+
+
+# -- with a kernel that misbehaves --------------------------------------------------------------------------
+
+Answer = Callable[[Any], tuple[bytes, list[int]] | None]
+
+
+@contextmanager
+def odd_kernel(answer: Answer) -> Iterator[tuple[socket.socket, list[Any]]]:
+    """A socket whose other end answers each request as `answer` says (None: hangs up), and what it was sent."""
+    ours, theirs = seqpacket.pair()
+    theirs.settimeout(LIMIT)
+    decoder: protocol.Decoder[Any] = protocol.Decoder(protocol.FromPrincipal)
+    heard: list[Any] = []
+
+    def serve() -> None:
+        while data := seqpacket.recv(theirs)[0]:
+            heard.append(decoder.decode(data))
+            reply = answer(heard[-1])
+            if reply is None:
+                break
+            if reply[0]:
+                seqpacket.send(theirs, *reply)
+            seqpacket.close_all(reply[1])
+        theirs.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield ours, heard
+    finally:
+        if ours.fileno() >= 0:
+            ours.shutdown(socket.SHUT_RDWR)
+            ours.close()
+        thread.join(LIMIT)
+
+
+def opened(seq: int, **changes: Any) -> bytes:
+    fields: dict[str, Any] = {
+        "slots": 64,
+        "up_bytes": 4096,
+        "down_bytes": 4096,
+        "rights": ["send"],
+        "backend": "memfd",
+    }
+    return protocol.encode(protocol.Opened(seq=seq, channel=7, generation=1, **{**fields, **changes}))
+
+
+def descriptors(count: int, size: int = 4096) -> list[int]:
+    fds = []
+    for _ in range(count):
+        with Segment.create(size) as segment:
+            fds.append(os.dup(segment.fd))
+    return fds
+
+
+@pytest.mark.parametrize(
+    ("reply", "count"),
+    [
+        (lambda seq: opened(seq), 4),
+        (lambda seq: opened(seq), 5),
+        (lambda seq: opened(seq, slots=63), 5),
+        (lambda seq: opened(seq, slots=1 << 30), 5),
+        (lambda seq: opened(seq, up_bytes=1 << 40), 5),
+    ],
+    ids=[
+        "too few descriptors",
+        "no channel in them",
+        "odd slots",
+        "absurd slots",
+        "less memory than promised",
+    ],
+)
+def test_a_channel_that_is_none_is_a_named_error_given_back_and_leaks_nothing(reply: Any, count: int) -> None:
+    def answer(message: Any) -> tuple[bytes, list[int]]:
+        if isinstance(message, protocol.Lookup):
+            return protocol.encode(protocol.Found(seq=message.seq, handle=1, rights=[], ready=True)), []
+        return (reply(message.seq), descriptors(count)) if isinstance(message, protocol.Open) else (b"", [])
+
+    with odd_kernel(answer) as (sock, heard):
+        with pytest.raises(SnapError) as raised:
+            Client(SocketRequester(sock)).open("echo")
+        assert raised.value.code in {"protocol", "faulted", "resources"}
+        assert until(
+            lambda: [message.channel for message in heard if isinstance(message, protocol.CloseChannel)]
+        ) == [7]
+
+
+@pytest.mark.parametrize(
+    ("reply", "error"),
+    [
+        (lambda seq: b"\xc1garbage", ProtocolError),
+        (lambda seq: b"x" * 60_000, ProtocolError),
+        (lambda seq: protocol.encode(protocol.Done(seq=seq)), ProtocolError),
+        (lambda seq: opened(seq), ProtocolError),
+        (lambda seq: protocol.encode(protocol.Failure(seq=seq, code="denied", message="no")), DeniedError),
+        (lambda seq: protocol.encode(protocol.Failure(seq=seq, code="new one", message="no")), SnapError),
+        (lambda seq: protocol.encode(protocol.Failure(code="quota", message="too many")), QuotaError),
+        (lambda seq: None, UnreachableError),
+    ],
+    ids=[
+        "garbage",
+        "a heap of it",
+        "wrong kind",
+        "descriptors",
+        "refusal",
+        "unknown error",
+        "farewell",
+        "hangs up",
+    ],
+)
+@pytest.mark.parametrize("form", ["threads", "asyncio"])
+def test_every_odd_answer_is_a_named_error_and_leaks_nothing(
+    reply: Any, error: type[Exception], form: str
+) -> None:
+    def answer(message: Any) -> tuple[bytes, list[int]] | None:
+        data = reply(message.seq)
+        return None if data is None else (data, descriptors(3))
+
+    async def main(sock: socket.socket) -> None:
+        requester = AsyncRequester(sock)
+        try:
+            done = await requester.request(protocol.Lookup(service="echo"), LIMIT)
+            seqpacket.close_all(done.fds)
+            raise ProtocolError(f"an answer: {done.message}")
+        finally:
+            requester.close()
+
+    with odd_kernel(answer) as (sock, _), pytest.raises(error):
+        if form == "threads":
+            Client(SocketRequester(sock)).lookup("echo")
+        else:
+            run(main(sock))
+
+
+def test_answers_out_of_order_find_their_threads() -> None:
+    waiting: list[Any] = []
+
+    def answer(message: Any) -> tuple[bytes, list[int]]:
+        waiting.append(message)
+        if len(waiting) < 2:
+            return b"", []
+        second, first = waiting
+        seqpacket.send(theirs, reply_to(first))
+        return reply_to(second), []
+
+    def reply_to(message: Any) -> bytes:
+        rights = [message.service]
+        return protocol.encode(
+            protocol.Found(seq=message.seq, handle=len(message.service), rights=rights, ready=True)
+        )
+
+    ours, theirs = seqpacket.pair()
+    with ours, theirs:
+        decoder: protocol.Decoder[Any] = protocol.Decoder(protocol.FromPrincipal)
+
+        def serve() -> None:
+            for _ in range(2):
+                data, _fds = answer(decoder.decode(seqpacket.recv(theirs)[0]))
+                if data:
+                    seqpacket.send(theirs, data)
+
+        server = threading.Thread(target=serve)
+        server.start()
+        client = Client(SocketRequester(ours))
+        found: dict[str, Any] = {}
+        threads = [
+            threading.Thread(target=lambda name=name: found.update({name: client.lookup(name, LIMIT)}))  # type: ignore[misc]
+            for name in ("a", "bb")
+        ]
+        for thread in (*threads, server):
+            if thread is not server:
+                thread.start()
+        for thread in (*threads, server):
+            thread.join(LIMIT)
+    assert {name: service.handle for name, service in found.items()} == {"a": 1, "bb": 2}
+
+
+def test_closing_a_client_ends_the_wait_of_another_thread() -> None:
+    with odd_kernel(lambda message: (b"", [])) as (sock, heard):
+        requester = SocketRequester(sock)
+        client = Client(requester, requester.close)
+        errors: list[BaseException] = []
+
+        def wait() -> None:
+            try:
+                client.lookup("echo", LIMIT * 10)
+            except SnapError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        until(lambda: heard)
+        client.close()
+        thread.join(LIMIT)
+        assert [type(error) for error in errors] == [UnreachableError]
+        client.close()
+
+
+def test_a_request_that_is_too_large_is_refused_before_it_is_sent() -> None:
+    with odd_kernel(lambda message: None) as (sock, heard):
+        with pytest.raises(ProtocolError, match="exceeds"):
+            Client(SocketRequester(sock)).lookup("x" * 70_000)
+        assert heard == []
