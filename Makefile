@@ -63,12 +63,13 @@ $(VENV)/ready:
 $(VENV)/sources: $(VENV)/ready FORCE
 	@printf '%s\n' $(SOURCES) | cmp -s - $@ || printf '%s\n' $(SOURCES) > $@
 
-# `build/` goes first: setuptools would pack what an older tree left there.
+# `build/` goes: setuptools would pack what an older tree left there.
 $(VENV)/installed: $(VENV)/sources $(SOURCES)
 	@tools/require.sh > /dev/null
 	@echo "building and installing snap-kernel into $(VENV) (the first time takes a few minutes)"
 	@rm -rf build
 	@$(BIN)/python -m pip install --quiet .
+	@rm -rf build
 	@touch $@
 
 $(VENV)/installed-%: $(VENV)/installed setup.cfg

@@ -6,10 +6,10 @@ Three conversations, all msgpack by msgspec, a tagged union each way:
 * *link* (SEQPACKET socketpair, inherited): a module and the kernel; the same requests, plus the kernel's orders.
 * *control* (ZeroMQ ROUTER `control.sock`, PUB `events.sock`): operators and the kernel; no descriptors.
 
-A message is one datagram of at most `MAX_MESSAGE` bytes (a
-principal's request: `MAX_REQUEST`; an answer of the control plane: `MAX_CONTROL`); descriptors ride with the datagram that names them in
-the order that its class states. Everything received is hostile until decoded: decoding errors are
-`ProtocolError` at the receiver, who answers with `Failure` where it still can.
+A message is one datagram of at most `MAX_MESSAGE` bytes (a principal's request: `MAX_REQUEST`; an answer of the
+control plane: `MAX_CONTROL`); descriptors ride with the datagram that names them in the order that its class
+states. Everything received is hostile until decoded: decoding errors are `ProtocolError` at the receiver, who
+answers with `Failure` where it still can.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag=True
 # -- requests of a principal (application or module) to the kernel ------------------------------------------
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """First message of an application: who it says it is is only a label, identity is SO_PEERCRED."""
 
     version: int
     name: str = ""
 
 
-class Lookup(Message):
+class Lookup(Message, frozen=True):
     """Ask for a handle on a service. Policy decides the rights; answered by `Found` or `Failure`."""
 
     service: str
 
 
-class Open(Message):
+class Open(Message, frozen=True):
     """Open a channel to the service behind `handle`; `wait` seconds for the service to be ready.
 
     Sizes are wishes: 0 means the default. `slots` is a power of two. Answered by `Opened` with descriptors.
@@ -62,22 +62,22 @@ class Open(Message):
     wait: float = 0.0
 
 
-class Mapped(Message):
+class Mapped(Message, frozen=True):
     """The opener has mapped (and sealed) its side of `channel`; the kernel may now hand the rest to the provider.
     Answered by `Ready` when the provider has attached it."""
 
     channel: int
 
 
-class CloseChannel(Message):
+class CloseChannel(Message, frozen=True):
     channel: int
 
 
-class ListCaps(Message):
+class ListCaps(Message, frozen=True):
     """Own handles, answered by `Caps`."""
 
 
-class Attenuate(Message):
+class Attenuate(Message, frozen=True):
     """Derive a new handle with `rights` (a subset, else DeniedError), optionally expiring after `expires` seconds."""
 
     handle: int
@@ -85,13 +85,13 @@ class Attenuate(Message):
     expires: float | None = None
 
 
-class Copy(Message):
+class Copy(Message, frozen=True):
     """A second handle with the same rights (needs the right `copy`)."""
 
     handle: int
 
 
-class Delegate(Message):
+class Delegate(Message, frozen=True):
     """Give `to` (a principal id) a copy (needs `delegate`) or, with `move`, the handle itself (needs `move`)."""
 
     handle: int
@@ -100,7 +100,7 @@ class Delegate(Message):
     move: bool = False
 
 
-class Revoke(Message):
+class Revoke(Message, frozen=True):
     """Revoke everything derived from `handle`, and the handle itself when `itself`."""
 
     handle: int
@@ -110,19 +110,19 @@ class Revoke(Message):
 # -- answers ------------------------------------------------------------------------------------------------
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     principal: str
     kernel_pid: int
     version: int = PROTOCOL_VERSION
 
 
-class Found(Message):
+class Found(Message, frozen=True):
     handle: int
     rights: list[str]
     ready: bool
 
 
-class Opened(Message):
+class Opened(Message, frozen=True):
     """Descriptors, in order: ring, up, down, server bell, client bell. `seal_up`: map `up` writable, then seal it."""
 
     channel: int
@@ -135,21 +135,21 @@ class Opened(Message):
     seal_up: bool = False
 
 
-class Ready(Message):
+class Ready(Message, frozen=True):
     channel: int
 
 
-class Caps(Message):
+class Caps(Message, frozen=True):
     caps: list[CapView]
 
 
-class Done(Message):
+class Done(Message, frozen=True):
     """Success; `handle` where the request made one."""
 
     handle: int | None = None
 
 
-class Failure(Message):
+class Failure(Message, frozen=True):
     code: str
     message: str
     hint: str = ""
@@ -161,7 +161,7 @@ class Failure(Message):
 # -- kernel to module (link) --------------------------------------------------------------------------------
 
 
-class Configure(Message):
+class Configure(Message, frozen=True):
     """First order to a fresh module process. `manifest` is the parsed module.toml. fds: gate, stats."""
 
     name: str
@@ -170,7 +170,7 @@ class Configure(Message):
     path: str
 
 
-class Attach(Message):
+class Attach(Message, frozen=True):
     """A client's channel to serve with `engine`. fds: ring, up, down, server bell, client bell.
     `badge` names the caller and comes from the kernel alone. Answered by `Attached` or `Failure`."""
 
@@ -186,14 +186,14 @@ class Attach(Message):
     gate_index: int
 
 
-class Detach(Message):
+class Detach(Message, frozen=True):
     """Unmap `channel`: it was revoked, closed, or its client is gone."""
 
     channel: int
     reason: str = ""
 
 
-class Stop(Message):
+class Stop(Message, frozen=True):
     """Finish within `grace` seconds, then exit 0."""
 
     grace: float = 5.0
@@ -202,30 +202,30 @@ class Stop(Message):
 # -- module to kernel (link) --------------------------------------------------------------------------------
 
 
-class Started(Message):
+class Started(Message, frozen=True):
     """The process runs and has read `Configure`; nothing of the module is imported yet."""
 
     pid: int
 
 
-class Serving(Message):
+class Serving(Message, frozen=True):
     """Imported, engines polling: the module is ready."""
 
     engines: list[str]
 
 
-class Attached(Message):
+class Attached(Message, frozen=True):
     channel: int
 
 
-class Dropped(Message):
+class Dropped(Message, frozen=True):
     """An engine dropped a channel, with the reason (a fault of the client, in general)."""
 
     channel: int
     reason: str
 
 
-class Broken(Message):
+class Broken(Message, frozen=True):
     """The module cannot go on; `stage` is import, start, or run. The process exits after it."""
 
     stage: str
