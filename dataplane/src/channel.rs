@@ -11,7 +11,7 @@ use crate::core::{count, lock};
 pub use crate::core::{init_header, set_state, Core, Grant, Role, State, RIGHT_RECV, RIGHT_SEND};
 use crate::error::{Error, Fault, Result};
 use crate::layout::{self, Header, PoolRef, INLINE_MAX};
-use crate::ring::{Consumer, Memory, Producer};
+use crate::ring::{Consumer, Inline, Memory, Producer};
 use crate::ringmem::RingMemory;
 use crate::segment::Mapping;
 use crate::sync;
@@ -159,6 +159,16 @@ impl Tx {
         count(&self.core.counters.sent_bytes, bytes.len() as u64);
     }
 
+    /// Put as many inline messages of `size` bytes from `records` into the burst as fit now (some: publish, and go on); 0 is
+    /// `Full`. `size` is at most `INLINE_MAX`.
+    pub fn put_packed(&mut self, tag: u64, records: &[u8], size: usize) -> Result<usize> {
+        self.reserve(layout::inline_slots(size))?;
+        let put = self.producer.put_packed(&self.mem, tag, records, size).map_err(|fault| self.core.fail(fault))?;
+        count(&self.core.counters.sent, put as u64);
+        count(&self.core.counters.sent_bytes, (put * size) as u64);
+        Ok(put)
+    }
+
     fn put_large(&mut self, tag: u64, bytes: &[u8]) -> Result<()> {
         self.reserve(1)?;
         let loan = self.loan(bytes.len())?;
@@ -286,6 +296,53 @@ impl Rx {
         self.consumer.read_inline(&self.mem, out);
         self.step(header);
         Ok(())
+    }
+
+    /// Pass up to `limit` inline messages that are there now to `take`, until it says no; how many. What ends them, if
+    /// anything does, is what `peek` shows.
+    #[inline]
+    pub fn take_inline(&mut self, limit: usize, mut take: impl FnMut(Inline<'_, RingMemory>) -> bool) -> Result<usize> {
+        if self.peek()?.is_none() {
+            return Ok(0);
+        }
+        let (mut taken, mut bytes) = (0, 0);
+        loop {
+            let more = self.consumer.take_inline(&self.mem, limit - taken, &mut take);
+            let (more, size) = more.map_err(|fault| self.core.fail(fault))?;
+            let wake = self.consumer.release_some(&self.mem);
+            self.core.ring_peer(self.mem.room_armed(), wake);
+            taken += more;
+            bytes += size;
+            if more == 0 || taken == limit {
+                break;
+            }
+        }
+        count(&self.core.counters.received, taken as u64);
+        count(&self.core.counters.received_bytes, bytes as u64);
+        Ok(taken)
+    }
+
+    /// Copy inline messages of exactly `size` bytes into `out`, as many as there are now; how many. What ends them, if
+    /// anything does, is what `peek` shows.
+    pub fn take_packed(&mut self, out: &mut [u8], size: usize) -> Result<usize> {
+        // The checks of a message that need not be made for each of them: `peek` makes them for the first.
+        if size > INLINE_MAX || self.peek()?.is_none() {
+            return Ok(0);
+        }
+        let mut taken = 0;
+        loop {
+            let more = self.consumer.take_packed(&self.mem, &mut out[taken * size..], size);
+            let more = more.map_err(|fault| self.core.fail(fault))?;
+            let wake = self.consumer.release_some(&self.mem);
+            self.core.ring_peer(self.mem.room_armed(), wake);
+            taken += more;
+            if more == 0 || (taken + 1) * size > out.len() {
+                break;
+            }
+        }
+        count(&self.core.counters.received, taken as u64);
+        count(&self.core.counters.received_bytes, (taken * size) as u64);
+        Ok(taken)
     }
 
     /// Step over a pooled message and keep its payload, until `Core::give_back` of its token.

@@ -98,6 +98,23 @@ impl Producer {
         self.tail += slots;
     }
 
+    /// Write as many inline messages of `size` bytes from `records` as there is room for, up to a quarter of the ring (so
+    /// that the consumer starts before we end); how many.
+    pub fn put_packed(&mut self, mem: &impl Memory, tag: u64, records: &[u8], size: usize) -> Result<usize, Fault> {
+        let slots = layout::inline_slots(size);
+        let quarter = mem.capacity() / 4 / slots;
+        let wanted = (records.len() / size).min(quarter as usize);
+        let room = self.room(mem, wanted as u64 * slots)? / slots;
+        let count = wanted.min(room as usize);
+        let words = layout::emit(size, tag, false);
+        for record in records.chunks_exact(size).take(count) {
+            mem.write_prefix(self.tail, words);
+            mem.write(self.tail * SLOT as u64 + PREFIX as u64, record);
+            self.tail += slots;
+        }
+        Ok(count)
+    }
+
     /// Write a message whose payload is in the pool. The caller has made sure of one slot of room.
     #[inline]
     pub fn put_pooled(&mut self, mem: &impl Memory, tag: u64, len: usize, place: PoolRef) {
@@ -135,6 +152,22 @@ impl Producer {
 impl Default for Producer {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+/// An inline message still in the ring, for `Consumer::take_inline`.
+pub struct Inline<'a, M> {
+    mem: &'a M,
+    position: u64,
+    pub len: usize,
+    pub tag: u64,
+}
+
+impl<M: Memory> Inline<'_, M> {
+    /// `out` is `len` bytes long.
+    #[inline]
+    pub fn copy_to(&self, out: &mut [u8]) {
+        self.mem.read(self.position, out);
     }
 }
 
@@ -182,6 +215,49 @@ impl Consumer {
             mem.expect_read(self.head + AHEAD);
         }
         layout::parse(mem.read_prefix(self.head), available).map(Some)
+    }
+
+    /// Copy inline messages of exactly `size` bytes into `out`, up to a quarter of the ring; how many. Stops, without a word,
+    /// before anything else: `peek` then tells what that is.
+    pub fn take_packed(&mut self, mem: &impl Memory, out: &mut [u8], size: usize) -> Result<usize, Fault> {
+        let slots = layout::inline_slots(size);
+        let [wanted, _] = layout::emit(size, 0, false);
+        let available = self.available(mem)?.min(mem.capacity() / 4) / slots;
+        let mut taken = 0;
+        for place in out.chunks_exact_mut(size).take(available as usize) {
+            if mem.read_prefix(self.head)[0] != wanted {
+                break;
+            }
+            mem.read(self.head * SLOT as u64 + PREFIX as u64, place);
+            self.head += slots;
+            taken += 1;
+        }
+        Ok(taken)
+    }
+
+    /// Pass up to `limit` inline messages, at most a quarter of the ring, to `take`; how many and their bytes together.
+    /// Stops, without a word, before anything else: `peek` then tells what that is.
+    #[inline]
+    pub fn take_inline<M: Memory>(
+        &mut self,
+        mem: &M,
+        limit: usize,
+        mut take: impl FnMut(Inline<'_, M>) -> bool,
+    ) -> Result<(usize, usize), Fault> {
+        let mut available = self.available(mem)?.min(mem.capacity() / 4);
+        let (mut taken, mut bytes) = (0, 0);
+        while taken < limit && available > 0 {
+            let Ok(header) = layout::parse(mem.read_prefix(self.head), available) else { break };
+            let position = self.head * SLOT as u64 + PREFIX as u64;
+            if header.pooled || !take(Inline { mem, position, len: header.len, tag: header.tag }) {
+                break;
+            }
+            self.head += header.slots;
+            available -= header.slots;
+            taken += 1;
+            bytes += header.len;
+        }
+        Ok((taken, bytes))
     }
 
     /// Copy the payload of the inline message at the head; `out` has the header's length.

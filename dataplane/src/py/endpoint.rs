@@ -14,7 +14,7 @@ use super::half::Half;
 use super::waiting::{self, mode, Data, Deadline, Room};
 use crate::channel::{self, Core, Grant, Role, Rx, Tx};
 use crate::error::Error;
-use crate::layout::Header;
+use crate::layout::{Header, INLINE_MAX};
 use crate::ring::ARMED_EVENT;
 
 /// Why two descriptors per number: Python passes plain integers, and -1 for none.
@@ -248,15 +248,26 @@ impl Endpoint {
     ) -> PyResult<Bound<'py, PyList>> {
         let mut rx = self.rx.enter(py)?;
         let mut found = Vec::with_capacity(limit.min(256));
-        if limit > 0 {
-            let mut header = next(py, &mut rx, timeout, wait)?;
-            while let Some(current) = header {
-                found.push(take_bytes(py, &mut rx, current)?);
-                if found.len() == limit {
-                    break;
-                }
-                // An error here is met again by the next call, when what came before it has been handed over.
-                header = rx.peek().unwrap_or(None);
+        if limit == 0 || next(py, &mut rx, timeout, wait)?.is_none() {
+            return PyList::new(py, found);
+        }
+        while found.len() < limit {
+            let mut failed = None;
+            let room = limit - found.len();
+            let taken = rx.take_inline(room, |message| {
+                let bytes = fast::bytes_with(py, message.len, |out| {
+                    message.copy_to(out);
+                    Ok(())
+                });
+                bytes.map(|bytes| found.push(bytes)).map_err(|error| failed = Some(error)).is_ok()
+            });
+            if let Some(error) = failed {
+                return Err(error);
+            }
+            // An error here is met again by the next call, when what came before it has been handed over.
+            match taken.and_then(|_| rx.peek()) {
+                Ok(Some(header)) if found.len() < limit => found.push(take_bytes(py, &mut rx, header)?),
+                _ => break,
             }
         }
         PyList::new(py, found)
@@ -280,32 +291,25 @@ impl Endpoint {
             return Err(PyValueError::new_err("the buffer is not a whole number of records of that size"));
         }
         let mut sent = 0;
-        let mut outcome = Ok(());
-        for record in bytes.chunks_exact(size) {
-            match tx.put(tag, record) {
-                Ok(()) => sent += 1,
-                Err(Error::Full) => {
-                    tx.publish();
-                    match put(py, &mut tx, timeout, wait, |tx| tx.put(tag, record)) {
-                        Ok(true) => sent += 1,
-                        Ok(false) => break,
-                        Err(error) => {
-                            outcome = Err(error);
-                            break;
-                        }
-                    }
-                }
-                Err(error) => {
-                    outcome = Err(convert(py, error));
-                    break;
-                }
+        while sent * size < bytes.len() {
+            let rest = &bytes[sent * size..];
+            let mut step = 0;
+            let attempt = |tx: &mut Tx| {
+                step = if size > INLINE_MAX {
+                    tx.put(tag, &rest[..size]).map(|()| 1)?
+                } else {
+                    tx.put_packed(tag, rest, size)?
+                };
+                Ok(())
+            };
+            match put(py, &mut tx, timeout, wait, attempt) {
+                Ok(true) => sent += step,
+                Ok(false) => break,
+                Err(error) => return partial(py, error, sent),
             }
+            tx.publish();
         }
-        tx.publish();
-        match outcome {
-            Ok(()) => Ok(sent),
-            Err(error) => partial(py, error, sent),
-        }
+        Ok(sent)
     }
 
     #[pyo3(signature = (out, size, timeout=None, wait=1))]
@@ -322,21 +326,22 @@ impl Endpoint {
         if size == 0 {
             return Err(PyValueError::new_err("records must have at least one byte"));
         }
-        let mut places = buffer.bytes_mut().chunks_exact_mut(size);
-        let mut received = 0;
-        let mut header = next(py, &mut rx, timeout, wait)?;
-        while let Some(current) = header {
-            if current.len != size {
-                if received > 0 {
-                    break;
+        let out = buffer.bytes_mut();
+        let Some(header) = next(py, &mut rx, timeout, wait)? else { return Ok(0) };
+        if header.len != size {
+            let text = format!("the next message has {} bytes, not {size}", header.len);
+            return Err(raise(py, "MessageSizeError", &text, "receive it with recv() or receive()"));
+        }
+        let mut received = rx.take_packed(out, size).map_err(|error| convert(py, error))?;
+        // What is left are messages in the pool, of another size, or faults; the last two are for the next call to say.
+        for place in out.chunks_exact_mut(size).skip(received) {
+            match rx.peek() {
+                Ok(Some(header)) if header.len == size => {
+                    rx.take_into(header, place).map_err(|error| convert(py, error))?;
+                    received += 1;
                 }
-                let text = format!("the next message has {} bytes, not {size}", current.len);
-                return Err(raise(py, "MessageSizeError", &text, "receive it with recv() or receive()"));
+                _ => break,
             }
-            let Some(place) = places.next() else { break };
-            rx.take_into(current, place).map_err(|error| convert(py, error))?;
-            received += 1;
-            header = rx.peek().unwrap_or(None);
         }
         Ok(received)
     }
