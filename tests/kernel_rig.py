@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from snap.ipc import paths, protocol, seqpacket
-from snap.kernel import bootstrap, policy
+from snap.kernel import bootstrap, operations, policy
 from snap.kernel.kernel import HOST, Kernel, Settings
 from snap.kernel.operators import Operators
 from snap.kernel.policy import Identity
@@ -22,7 +22,6 @@ PATIENCE = 20.0
 LIMITS = Limits(
     start_timeout=3, grace=1, backoff_first=0.05, backoff_most=0.2, crashes=4, window=60, heartbeat=1.5
 )
-ME = Identity(0, 0, 0)
 
 MANIFEST = """\
 [module]
@@ -77,9 +76,17 @@ class Rig:
         self.directory = directory
         self.operators = Operators(kernel)
 
+    @property
+    def me(self) -> Identity:
+        return Identity(self.kernel.uid, 0, 1)
+
     async def operate(self, op: str, within: float = PATIENCE, **args: Any) -> Any:
-        who = Identity(self.kernel.uid, 0, 1)
-        return msgspec.to_builtins(await self.operators.perform(who, op, args, within))
+        return msgspec.to_builtins(await self.operators.perform(self.me, op, args, within))
+
+    async def up(self, name: str) -> None:
+        """Start a module and wait until it is ready, whoever may do that."""
+        begin = self.kernel.runner(name).operations.run
+        await begin(operations.START, lambda: self.kernel.start(name), PATIENCE, wait=True)
 
     def kinds(self) -> list[str]:
         return [event.kind for event in self.kernel.events.since(0, 10_000)]
@@ -89,7 +96,7 @@ class Rig:
 
     async def until(self, what: Callable[[], object]) -> None:
         async with asyncio.timeout(PATIENCE):
-            while not what():
+            while not what():  # noqa: ASYNC110 (it waits for other processes)
                 await asyncio.sleep(0.01)
 
     async def application(self) -> Application:
@@ -127,7 +134,11 @@ class Application:
                 return self._decoder.decode(data) if data else None
 
     async def ask(self, message: msgspec.Struct, fds: Sequence[int] = ()) -> Any:
-        self.say(message, fds)
+        """Say it and hear the answer; None when the kernel has hung up."""
+        try:
+            self.say(message, fds)
+        except ConnectionError:
+            return None
         return await self.hear()
 
     def close(self) -> None:
@@ -167,7 +178,7 @@ async def running(
         try:
             rig = Rig(kernel, directory)
             for name in start:
-                await rig.operate("module.start", name=name)
+                await rig.up(name)
             yield rig
         finally:
             await kernel.stop()

@@ -45,7 +45,7 @@ def test_a_module_runs_in_a_process_of_its_own_and_stops_when_asked(tmp_path: Pa
             view = await rig.operate("module.start", name="mine")
             assert view["state"] == "ready"
             assert view["pid"] not in (None, os.getpid())
-            assert Path(f"/proc/{view['pid']}/cmdline").read_bytes().startswith(b"snap: module mine")
+            assert title(view["pid"]) == "snap: module mine"
             assert os.getsid(view["pid"]) == view["pid"]
             view = await rig.operate("module.stop", name="mine")
             assert (view["state"], view["pid"], view["faults"]) == ("stopped", None, 0)
@@ -166,7 +166,7 @@ def test_a_stopped_process_is_a_hang_and_is_replaced(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_never_returns_from_its_poll_is_a_hang(tmp_path: Path) -> None:
-    code = "import time\nfrom snap.modules import Engine\nclass Main(Engine):\n    def poll(self, budget):\n        time.sleep(3600)\n"
+    code = ECHO.replace("done = 0", "import time; time.sleep(3600)")
     write_module(tmp_path / "modules", "stuck", code, NO_RESTART)
 
     async def test() -> None:
@@ -227,11 +227,15 @@ def test_what_a_module_leaves_running_ends_with_it(tmp_path: Path) -> None:
         async with running(tmp_path, start=["parent"]) as rig:
             await rig.until(lambda: rig.kernel.runner("parent").log.tail)
             child = int(rig.kernel.runner("parent").log.tail[0].split()[1])
-            assert Path(f"/proc/{child}").exists()
+            assert alive(child)
             await rig.operate("module.stop", name="parent")
             await rig.until(lambda: not alive(child))
 
     run(test())
+
+
+def title(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode()
 
 
 def alive(pid: int) -> bool:
@@ -288,7 +292,7 @@ def test_a_module_that_misuses_its_link_is_killed_with_a_named_cause(
 
 def test_a_module_that_reads_nothing_and_ignores_its_stop_is_killed(tmp_path: Path) -> None:
     write_module(tmp_path / "modules", "deaf")
-    code = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nsay(protocol.Serving(engines=[]))\ntime.sleep(3600)"
+    code = "say(protocol.Serving(engines=[]))\ntime.sleep(3600)"
 
     async def test() -> None:
         async with running(tmp_path, host=fake_host(tmp_path, code), start=["deaf"]) as rig:
@@ -349,9 +353,7 @@ def test_a_stop_leaves_no_socket_no_process_and_no_name(kernel: Callable[..., An
     with one.control() as control:
         assert control.call("module.start", name="echo")["state"] == "ready"
         pid = control.call("module.show", name="echo")["pid"]
-        names = [
-            name for name in os.listdir("/dev/shm") if name.startswith("snap-") and name.endswith("-echo")
-        ]
+        names = list(Path("/dev/shm").glob("snap-*-echo"))
         assert names
     assert one.stop() == 0
     assert not alive(pid)
@@ -373,6 +375,17 @@ def test_what_a_killed_kernel_left_is_replaced_and_its_modules_end(kernel: Calla
             channel.send(b"x")
             assert channel.recv(timeout=10) == b"x"
         assert control.call("module.show", name="echo")["pid"] != pid
+
+
+def test_channels_go_on_while_the_kernel_is_stopped(kernel: Callable[..., Any]) -> None:
+    one = kernel(AUTOSTART)
+    with one.connect() as client, client.open("echo") as channel:
+        os.kill(one.pid, signal.SIGSTOP)
+        for number in range(1000):
+            channel.send(str(number).encode())
+            assert channel.recv(timeout=10) == str(number).encode()
+        os.kill(one.pid, signal.SIGCONT)
+        assert client.lookup("echo").ready
 
 
 def test_a_runtime_directory_that_others_may_write_is_refused(tmp_path: Path) -> None:
