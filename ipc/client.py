@@ -295,11 +295,14 @@ def open_channel(
 ) -> Channel:
     """One channel over a connection of its own, which ends with it: `with open_channel("echo") as channel`.
 
-    It cannot be reopened. Raises what `connect` and `Client.open` raise.
+    `reopen` connects anew. Raises what `connect` and `Client.open` raise.
     """
     client = connect(runtime_dir, name, timeout)
     try:
-        return client.open(service, timeout=timeout).owned_by(client.close)
+        channel = client.open(service, timeout=timeout)
+        return channel.owned_by(
+            client.close, lambda seconds: open_channel(service, runtime_dir, name, seconds)
+        )
     except BaseException:
         client.close()
         raise

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
-from snap.dataplane.errors import DeadlineError, ProtocolError, SnapError, UnreachableError
+from snap.dataplane.errors import DeadlineError, ProtocolError, ResourceError, SnapError, UnreachableError
 
 from . import seqpacket
 from .protocol import CloseChannel, Decoder, Failure, Message, Opened, ToPrincipal, encode
@@ -86,6 +86,12 @@ class Conversation:
             # The kernel says why it is about to hang up.
             self.end(received.message.error())
         return 0, _refusal(received)
+
+    def feed_lost(self, lost: seqpacket.LostDescriptorsError) -> tuple[int, bytes]:
+        """Take in a datagram whose descriptors are lost: its request fails, the others go on. Returns as `feed`."""
+        message = self._decoder.decode(lost.data)
+        failure = Failure(seq=message.seq, code=ResourceError.code, message=lost.message, hint=lost.hint)
+        return self.feed(encode(failure), [])[0], _refusal(Received(message, []))
 
     def answer(self, number: int) -> Received | None:
         """The answer to request `number`, or None when it has not come. Raises the error that it carries, or the one
@@ -290,7 +296,10 @@ def _resolve(future: asyncio.Future[None]) -> None:
 def _take(sock: socket.socket, conversation: Conversation) -> tuple[int, bytes]:
     """Feed one datagram, if there is one; a kernel that speaks nonsense ends the conversation."""
     try:
-        return conversation.feed(*seqpacket.recv(sock))
+        try:
+            return conversation.feed(*seqpacket.recv(sock))
+        except seqpacket.LostDescriptorsError as lost:
+            return conversation.feed_lost(lost)
     except BlockingIOError:
         return 0, b""
     except ConnectionError:

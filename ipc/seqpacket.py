@@ -21,6 +21,17 @@ from .protocol import MAX_FDS, MAX_MESSAGE
 _UCRED = struct.Struct("iII")
 
 
+class LostDescriptorsError(ProtocolError):
+    """A datagram came whole, but this process is out of descriptors: those that came with it are lost. `data` is it."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(
+            "no descriptor is free for what the peer sent",
+            "close channels, or raise the limit of open files (ulimit -n)",
+        )
+        self.data = data
+
+
 class Credentials(NamedTuple):
     """Who is at the other end, as the operating system says (SO_PEERCRED at connect time)."""
 
@@ -62,7 +73,8 @@ def recv(sock: socket.socket) -> tuple[bytes, list[int]]:
     """Receive one datagram and its descriptors; empty bytes mean that the peer has gone.
 
     Raises ProtocolError for a truncated datagram (larger than `MAX_MESSAGE`, or more than `MAX_FDS`
-    descriptors), with everything that came with it closed; OSError as the socket does.
+    descriptors), LostDescriptorsError when this process is out of descriptors, both with everything that came with it
+    closed; OSError as the socket does.
     """
     fd_bytes = MAX_FDS * array.array("i").itemsize
     data, ancillary, flags, _ = sock.recvmsg(
@@ -74,6 +86,8 @@ def recv(sock: socket.socket) -> tuple[bytes, list[int]]:
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(data) > MAX_MESSAGE:
         close_all(fds)
+        if not flags & socket.MSG_TRUNC and len(data) <= MAX_MESSAGE and len(fds) < MAX_FDS:
+            raise LostDescriptorsError(data)
         raise ProtocolError(f"datagram exceeds {MAX_MESSAGE} bytes or {MAX_FDS} descriptors")
     return data, list(fds)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from snap.ipc import (
     PeerGoneError,
     ProtocolError,
     QuotaError,
+    ResourceError,
     RevokedError,
     SnapError,
     UnreachableError,
@@ -186,6 +188,39 @@ def test_the_shortcut_holds_its_own_connection_and_ends_it(kernel: Start) -> Non
             channel.send(b"short")
             assert channel.recv(timeout=LIMIT) == b"short"
         until(lambda: control.call("kernel.status")["principals"] == 1)
+
+
+def test_the_shortcut_reopens_by_connecting_anew_even_to_another_kernel(kernel: Start) -> None:
+    one = kernel()
+    with open_channel("echo", one.directory) as channel:
+        one.stop()
+        with pytest.raises(PeerGoneError):
+            channel.recv(timeout=LIMIT)
+        kernel(directory=one.directory)
+        with channel.reopen(LIMIT) as again:
+            again.send(b"again")
+            assert again.recv(timeout=LIMIT) == b"again"
+
+
+def test_a_client_out_of_descriptors_fails_that_open_alone_and_leaves_no_channel(kernel: Start) -> None:
+    one = kernel()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with one.connect() as client, one.control() as control:
+        service = client.lookup("echo")
+        taken: list[int] = []
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+            with pytest.raises(OSError, match="Too many open files"):
+                while True:
+                    taken.append(os.dup(0))
+            seqpacket.close_all([taken.pop() for _ in range(2)])
+            with pytest.raises(ResourceError, match="ulimit -n"):
+                client.open(service)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            seqpacket.close_all(taken)
+        with client.open(service) as channel:
+            assert [view["id"] for view in until(lambda: control.call("channel.list"))] == [channel.id]
 
 
 def test_after_its_module_was_killed_a_channel_says_so_and_can_be_opened_again(kernel: Start) -> None:
