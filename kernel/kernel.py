@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import socket
 import sys
@@ -18,7 +17,6 @@ from snap.dataplane.errors import NotFoundError, NotRunningError, SnapError
 from snap.ipc import paths
 from snap.ipc.discovery import Found, Problem, discover
 from snap.ipc.protocol import KernelView, ModuleView
-from snap.ipc.segment import reclaim
 
 from . import bootstrap, graph, operations, supervision
 from .audit import AuditLog, AuditRecord
@@ -52,14 +50,13 @@ class Kernel:
     """Make it inside a running event loop, holding the lock of its runtime directory; `close` it after `stop`."""
 
     def __init__(self, settings: Settings, listener: socket.socket) -> None:
-        """`listener` is the bootstrap socket. Raises SnapError, OSError; then no name is left in /dev/shm."""
+        """`listener` is the bootstrap socket. Raises SnapError, OSError."""
         directory = settings.runtime_dir
         self.settings, self.policy, self.uid = settings, settings.policy, os.geteuid()
         self.started = time.time()
         self.runners: dict[str, Runner] = {}
         self.refused: dict[str, tuple[Found, str]] = {}
         self.stopping = asyncio.Event()
-        self._prefix = f"snap-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:12]}-"
         (directory / paths.LOGS).mkdir(mode=0o700, exist_ok=True)
         self.events = Events(directory / paths.KERNEL_LOG, settings.foreground, settings.log_level)
         self.audit = AuditLog(directory / paths.AUDIT)
@@ -68,8 +65,6 @@ class Kernel:
         self.desk = Desk(
             self.table, settings.policy, self.uid, self.audit, self.events, self.broker, self.provider
         )
-        for name in reclaim(self._prefix):
-            self.events.emit("segment.reclaimed", f"segment:{name}")
         self.plan = self._load_modules()
         self._bootstrap = bootstrap.Bootstrap(listener, self.desk, self.audit, self.events)
         self._heartbeats = asyncio.get_running_loop().create_task(self._watch_heartbeats())
@@ -192,7 +187,7 @@ class Kernel:
         machine = Supervision(name, manifest.restart.policy, self.settings.limits)
         machine.missing = frozenset(manifest.requires.services)
         log = self.settings.runtime_dir / paths.LOGS / f"{name}.log"
-        return Runner(found, self.settings.host, machine, self.events, log, f"{self._prefix}{name}", hooks)
+        return Runner(found, self.settings.host, machine, self.events, log, hooks)
 
     def _report(self, problem: Problem) -> None:
         self.events.emit("manifest.refused", str(problem.path), source=problem.source, error=problem.message)

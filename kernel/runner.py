@@ -6,7 +6,6 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,10 +84,9 @@ class Runner:
         machine: Supervision,
         events: Events,
         log: Path,
-        page: str,
         hooks: Hooks,
     ) -> None:
-        """`page` names the statistics page in /dev/shm. Raises ResourceError, BusyError."""
+        """Raises ResourceError."""
         self.found = found
         self.name = found.manifest.name
         self.machine = machine
@@ -102,7 +100,7 @@ class Runner:
         self._seen = (machine.state, machine.since)
         self._since = time.time()
         self._stale = 0
-        self._page = Segment.create(_native.StatsPage.BYTES, "posix", page)
+        self._page = Segment.create(_native.StatsPage.BYTES)
         self._stats = _native.StatsPage(self._page.fd, False)
 
     # -- facts and requests -----------------------------------------------------------------------------------
@@ -149,8 +147,6 @@ class Runner:
         self.log.close()
         self._stats.close()
         self._page.close()
-        with suppress(SnapError):
-            self._page.unlink()
 
     # -- views ------------------------------------------------------------------------------------------------
 
