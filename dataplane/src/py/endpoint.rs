@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
 
 use super::buffer::{Loan, Payload};
-use super::errors::{convert, deadline, raise};
+use super::errors::{convert, deadline, is_a, raise};
 use super::fast::{self, Buffer};
 use super::half::Half;
 use super::waiting::{self, mode, Data, Deadline, Room};
@@ -463,11 +463,11 @@ impl Endpoint {
     }
 }
 
-/// A burst that was cut short: how much of it went out matters more than why, unless nothing did.
+/// A burst that was cut short: how much of it went out matters more than why, unless nothing did. The channel's errors
+/// are met again by the next call; others (a wrong type, what a signal handler raises) would be lost.
 fn partial(py: Python<'_>, error: PyErr, sent: usize) -> PyResult<usize> {
-    let full =
-        ["FullError", "DeadlineError"].iter().any(|name| error.get_type(py).name().is_ok_and(|class| class == *name));
-    if full || sent > 0 && !error.is_instance_of::<pyo3::exceptions::PyKeyboardInterrupt>(py) {
+    let full = is_a(py, &error, "FullError") || is_a(py, &error, "DeadlineError");
+    if full || sent > 0 && is_a(py, &error, "ChannelError") {
         return Ok(sent);
     }
     Err(error)

@@ -8,11 +8,21 @@ use crate::error::Error;
 
 static ERRORS: PyOnceLock<Py<PyModule>> = PyOnceLock::new();
 
-/// Make the exception `class` of `snap.dataplane.errors`.
+fn class<'py>(py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
+    let module = ERRORS.get_or_try_init(py, || PyModule::import(py, "snap.dataplane.errors").map(Bound::unbind))?;
+    module.bind(py).getattr(name)
+}
+
+/// Whether `error` is of the class `name` of `snap.dataplane.errors`.
 #[cold]
-pub fn raise(py: Python<'_>, class: &str, message: &str, hint: &str) -> PyErr {
-    let module = ERRORS.get_or_try_init(py, || PyModule::import(py, "snap.dataplane.errors").map(Bound::unbind));
-    match module.and_then(|module| module.bind(py).getattr(class)?.call1((message, hint))) {
+pub fn is_a(py: Python<'_>, error: &PyErr, name: &str) -> bool {
+    class(py, name).is_ok_and(|class| error.matches(py, class).unwrap_or(false))
+}
+
+/// Make the exception `name` of `snap.dataplane.errors`.
+#[cold]
+pub fn raise(py: Python<'_>, name: &str, message: &str, hint: &str) -> PyErr {
+    match class(py, name).and_then(|class| class.call1((message, hint))) {
         Ok(exception) => PyErr::from_value(exception),
         Err(error) => error,
     }
