@@ -20,8 +20,10 @@ from snap.dataplane.errors import (
     DeniedError,
     NotFoundError,
     NotRunningError,
+    PeerGoneError,
     ProtocolError,
     ResourceError,
+    RevokedError,
     SnapError,
     UsageError,
 )
@@ -69,6 +71,7 @@ class Channel:
     cap: int = 0
     state: str = OFFERED
     seq: int = 0
+    answered: bool = False
     since: float = field(default_factory=time.time)
     timer: asyncio.TimerHandle | None = None
 
@@ -305,12 +308,10 @@ class Broker:
             return
         if isinstance(message, protocol.Dropped):
             self._end(channel, "faulted", message.reason[:500])
-        elif channel.state != ATTACHING:
-            return
-        elif isinstance(message, protocol.Attached):
+        elif channel.state == ATTACHING and isinstance(message, protocol.Attached):
             self._attached(channel)
-        else:
-            channel.client.fail(channel.seq, message.code, message.message, message.hint)
+        elif channel.state == ATTACHING:
+            self._fail(channel, message.code, message.message, message.hint)
             self._end(channel, "faulted", f"its module refused it: {message.message[:500]}")
 
     def _attached(self, channel: Channel) -> None:
@@ -349,9 +350,8 @@ class Broker:
 
     def provider_gone(self, runner: Runner, reason: str) -> None:
         for channel in [channel for channel in self.channels.values() if channel.provider is runner]:
-            if channel.state == ATTACHING:
-                message = f"module {runner.name!r} died: {reason}"
-                channel.client.fail(channel.seq, NotRunningError.code, message, "open the channel again")
+            message = f"module {runner.name!r} died: {reason}"
+            self._fail(channel, NotRunningError.code, message, "open the channel again")
             self._end(channel, "gone", f"module {runner.name!r}: {reason}")
 
     def _end(self, channel: Channel, word: str, reason: str, quiet: bool = False) -> None:
@@ -359,6 +359,7 @@ class Broker:
             return
         if channel.timer is not None:
             channel.timer.cancel()
+        self._fail(channel, RevokedError.code if word == "revoked" else PeerGoneError.code, reason)
         channel.gate.give_back(channel.line)
         channel.control.set_state("gone" if word == "closed" else word, reason[:200])
         channel.control.close()
@@ -374,10 +375,15 @@ class Broker:
         with suppress(NotFoundError):  # revoked already: that is why it ends
             self._table.revoke_id(channel.cap, f"channel {channel.id} ended: {reason}")
 
+    def _fail(self, channel: Channel, code: str, message: str, hint: str = "") -> None:
+        """Answer the opener's `Mapped`, unless that has its answer."""
+        if channel.state == ATTACHING and not channel.answered:
+            channel.answered = True
+            channel.client.fail(channel.seq, code, message, hint)
+
     def _late(self, channel: Channel, what: str) -> None:
         channel.timer = None
-        if channel.state == ATTACHING:
-            channel.client.fail(channel.seq, DeadlineError.code, f"channel {channel.id} {what} in time")
+        self._fail(channel, DeadlineError.code, f"channel {channel.id} {what} in time")
         self._end(channel, "gone", f"it {what} in time")
 
     def _set_timer(self, channel: Channel, delay: float, what: str) -> None:

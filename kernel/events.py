@@ -5,10 +5,13 @@ Every event is also a line of JSON in the kernel's log. Files here are bounded: 
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -38,8 +41,7 @@ class BoundedFile:
 
     def __init__(self, path: Path, limit: int = LOG_BYTES) -> None:
         self._path, self._limit = path, limit
-        self._file = path.open("ab", buffering=0)
-        path.chmod(0o600)
+        self._file = self._open()
 
     def write(self, text: str) -> int:
         data = text.encode("utf-8", "backslashreplace")
@@ -58,10 +60,14 @@ class BoundedFile:
         self._file.close()
 
     def _rotate(self) -> None:
-        self._path.rename(self._path.with_name(self._path.name + ".1"))
+        with suppress(FileNotFoundError):  # somebody tidied up
+            self._path.rename(self._path.with_name(self._path.name + ".1"))
         self._file.close()
-        self._file = self._path.open("ab", buffering=0)
-        self._path.chmod(0o600)
+        self._file = self._open()
+
+    def _open(self) -> io.FileIO:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        return io.FileIO(os.open(self._path, flags, 0o600), "ab")
 
 
 class _Tee:

@@ -185,8 +185,23 @@ class Runner:
             requires=list(manifest.requires.services),
             engines=self.engine_views(),
             log_tail=list(self.log.tail)[-log_lines:] if log_lines else [],
+            sandbox=self._sandbox(),
             memory_bytes=_resident(machine.pid),
         )
+
+    def _sandbox(self) -> list[dict[str, str]]:
+        """What confines the process, layer by layer."""
+        resources = self.found.manifest.resources
+        state = "applied" if self.machine.pid else "at start"
+        layers = [
+            {"layer": "process", "requested": "session of its own, inherits only its link", "state": state},
+            {"layer": "descriptors", "requested": str(resources.descriptors or DESCRIPTORS), "state": state},
+            {"layer": "core dumps", "requested": "none", "state": state},
+        ]
+        if resources.memory is not None:
+            unavailable = "unavailable: this release does not use cgroups"
+            layers.append({"layer": "memory", "requested": resources.memory, "state": unavailable})
+        return layers
 
     # -- what the machine decided -----------------------------------------------------------------------------
 

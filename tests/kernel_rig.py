@@ -96,7 +96,7 @@ class Rig:
 
     async def until(self, what: Callable[[], object]) -> None:
         async with asyncio.timeout(PATIENCE):
-            while not what():  # noqa: ASYNC110 (it waits for other processes)
+            while not what():
                 await asyncio.sleep(0.01)
 
     async def application(self) -> Application:

@@ -183,13 +183,13 @@ def test_descriptors_that_nobody_asked_for_are_closed(tmp_path: Path) -> None:
     async def test() -> None:
         async with served(tmp_path) as rig:
             with await rig.application() as application:
-                before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+                before = len(os.listdir("/proc/self/fd"))
                 for _ in range(50):
                     await application.ask(protocol.ListCaps(seq=1), [0] * 10)
-                assert len(os.listdir("/proc/self/fd")) <= before  # noqa: PTH208
+                assert len(os.listdir("/proc/self/fd")) <= before
                 application.say(protocol.ListCaps(seq=1), [0] * 30)
                 assert (await application.hear()).code == "protocol"
-            await rig.until(lambda: len(os.listdir("/proc/self/fd")) < before)  # noqa: PTH208
+            await rig.until(lambda: len(os.listdir("/proc/self/fd")) < before)
 
     run(test())
 
@@ -244,7 +244,7 @@ def test_too_many_connections_of_one_user_are_refused(
 def no_more_descriptors() -> Iterator[None]:
     """None below the highest one in use is free, and none above it is allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(int(name) for name in os.listdir("/proc/self/fd"))  # noqa: PTH208
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
     fillers = []
     try:

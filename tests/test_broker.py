@@ -119,6 +119,23 @@ def test_a_provider_that_never_attaches_costs_its_client_a_deadline(
     run(test())
 
 
+def test_a_revocation_while_the_provider_attaches_is_an_answer_too(tmp_path: Path) -> None:
+    write_module(tmp_path / "modules", "mine")
+
+    async def test() -> None:
+        async with running(tmp_path, host=fake_host(tmp_path, MUTE), start=["mine"]) as rig:
+            with await rig.application() as application:
+                answer = await opened(application)
+                seal(application)
+                application.say(protocol.Mapped(seq=3, channel=answer.channel))
+                await rig.until(lambda: only(rig).state == "attaching")
+                await rig.operate("cap.revoke", id=only(rig).cap)
+                refused = await application.hear()
+                assert (refused.seq, refused.code) == (3, "revoked")
+
+    run(test())
+
+
 def test_an_opener_that_never_maps_loses_the_channel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_module(tmp_path / "modules", "mine")
     monkeypatch.setattr("snap.kernel.broker.MAP_DEADLINE", 0.2)
@@ -320,7 +337,7 @@ def test_a_client_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
 
     async def test() -> None:
         async with running(tmp_path, start=["mine"]) as rig:
-            before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+            before = len(os.listdir("/proc/self/fd"))
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-c", code, rig.directory, stdout=asyncio.subprocess.PIPE
             )
@@ -332,7 +349,7 @@ def test_a_client_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
             await rig.until(lambda: "principal.left" in rig.kinds())
             assert not rig.kernel.broker.channels
             assert not rig.kernel.table.views()
-            await rig.until(lambda: len(os.listdir("/proc/self/fd")) <= before)  # noqa: PTH208
+            await rig.until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
     run(test())
 
