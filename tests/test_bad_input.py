@@ -16,7 +16,7 @@ import msgspec
 import pytest
 import zmq
 import zmq.asyncio
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from snap.dataplane.errors import DeniedError, ProtocolError, ResourceError, SnapError, UsageError
@@ -275,6 +275,21 @@ def test_out_of_descriptors_refuses_the_asker_and_nobody_else(tmp_path: Path) ->
     run(test())
 
 
+def test_out_of_descriptors_a_module_is_started_again_when_there_are_some(tmp_path: Path) -> None:
+    write_module(tmp_path / "modules", "second")
+
+    async def test() -> None:
+        async with served(tmp_path) as rig:
+            with no_more_descriptors():
+                rig.kernel.start("second")
+                view = rig.kernel.module_view("second")
+                assert view.state == "backoff"
+                assert "Too many open files" in view.cause
+            await rig.until(lambda: rig.kernel.module_view("second").state == "ready")
+
+    run(test())
+
+
 def test_out_of_descriptors_lets_new_connections_wait(tmp_path: Path) -> None:
     async def test() -> None:
         async with served(tmp_path) as rig:
@@ -329,6 +344,53 @@ def test_arbitrary_bytes_are_a_protocol_error_or_a_message(data: bytes) -> None:
             assert error.message
         else:
             assert isinstance(message, msgspec.Struct)
+
+
+NUMBERS = st.integers(-(1 << 63), (1 << 64) - 1) | st.integers(-2, 3) | st.integers(65535, 65538)
+WORDS = st.sampled_from(["mine", "connect", "send", "app:1.1", "module:mine", "", "kernel"]) | st.text(
+    max_size=40
+)
+FLOATS = st.floats() | st.none()
+REQUESTS = st.one_of(
+    st.builds(protocol.Lookup, seq=NUMBERS, service=WORDS),
+    st.builds(
+        protocol.Open,
+        seq=NUMBERS,
+        handle=NUMBERS,
+        slots=NUMBERS,
+        up_bytes=NUMBERS,
+        down_bytes=NUMBERS,
+        wait=st.sampled_from([0.0, -1.0, float("nan")]),
+    ),
+    st.builds(protocol.Mapped, seq=NUMBERS, channel=NUMBERS),
+    st.builds(protocol.CloseChannel, seq=NUMBERS, channel=NUMBERS),
+    st.builds(protocol.ListCaps, seq=NUMBERS),
+    st.builds(
+        protocol.Attenuate, seq=NUMBERS, handle=NUMBERS, rights=st.lists(WORDS, max_size=4), expires=FLOATS
+    ),
+    st.builds(protocol.Copy, seq=NUMBERS, handle=NUMBERS),
+    st.builds(protocol.Delegate, seq=NUMBERS, handle=NUMBERS, to=WORDS, move=st.booleans()),
+    st.builds(protocol.Revoke, seq=NUMBERS, handle=NUMBERS, itself=st.booleans()),
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(requests=st.lists(REQUESTS, max_size=30))
+def test_any_requests_in_any_order_are_each_answered(
+    tmp_path: Path, requests: list[protocol.Message]
+) -> None:
+    if not (tmp_path / "modules").exists():
+        write_module(tmp_path / "modules", "mine")
+
+    async def test() -> None:
+        async with running(tmp_path) as rig:
+            with await rig.application() as application:
+                for request in requests:
+                    answer = await application.ask(request)
+                    assert answer is not None
+                    assert answer.seq == request.seq
+
+    run(test())
 
 
 # -- operators ----------------------------------------------------------------------------------------------

@@ -377,6 +377,18 @@ def test_what_a_killed_kernel_left_is_replaced_and_its_modules_end(kernel: Calla
         assert control.call("module.show", name="echo")["pid"] != pid
 
 
+def test_operators_hear_events_as_they_happen(kernel: Callable[..., Any]) -> None:
+    one = kernel(AUTOSTART)
+    with one.control() as control, one.control() as listener:
+        control.call("module.start", name="echo")
+        events = listener.events(["module.*"], since=0)
+        assert "module.ready" in {next(events).kind for _ in range(4)}
+        control.call("module.restart", name="echo")
+        heard = [next(events).kind for _ in range(6)]
+        assert heard[0] == "module.stopping"
+        assert "module.exited" in heard
+
+
 def test_channels_go_on_while_the_kernel_is_stopped(kernel: Callable[..., Any]) -> None:
     one = kernel(AUTOSTART)
     with one.connect() as client, client.open("echo") as channel:
@@ -406,6 +418,14 @@ def test_a_runtime_directory_too_deep_for_a_socket_is_a_named_error(tmp_path: Pa
     )
     assert refused.returncode == 1
     assert "shorter path" in refused.stderr
+
+
+def test_ctl_is_the_second_name_of_snapctl() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "snap.kernel", "ctl", "--help"], capture_output=True, text=True
+    )
+    assert shown.returncode == 0
+    assert "status" in shown.stdout
 
 
 def test_the_help_teaches_with_examples() -> None:
