@@ -210,4 +210,3 @@ def measure_line(cpu_a: int, cpu_b: int, rounds: int = 20000) -> float:
 
 def measure_check(endpoint: Endpoint, rounds: int = 1_000_000) -> float:
     """Mean cost of the checks done per message on this endpoint (gate, state, rights, descriptor), in ns."""
-
