@@ -67,7 +67,7 @@ class Channel:
     gate: GatePage
     line: int
     segments: list[Segment]
-    bells: tuple[int, int]
+    bells: tuple[int, ...]
     cap: int = 0
     state: str = OFFERED
     seq: int = 0
@@ -88,7 +88,7 @@ class Channel:
         for segment in self.segments:
             segment.close()
         seqpacket.close_all(self.bells)
-        self.segments, self.bells = [], ()  # type: ignore[assignment]
+        self.segments, self.bells = [], ()
 
     def view(self) -> ChannelView:
         up, down = self.control.depth()
@@ -248,10 +248,11 @@ class Broker:
             for segment in segments:
                 segment.close()
             seqpacket.close_all(bells)
-            self._events.emit("resources.exhausted", principal.id, error=str(error))
-            if isinstance(error, OSError) and not isinstance(error, SnapError):
-                raise ResourceError(f"cannot make a channel: {error.strerror}", "close channels") from error
-            raise
+            if not isinstance(error, SnapError):
+                error = ResourceError(f"cannot make a channel: {error.strerror}", "close channels")
+            if isinstance(error, ResourceError):
+                self._events.emit("resources.exhausted", principal.id, error=error.message)
+            raise error from None
         return Channel(
             id=self._last_id,
             generation=generation,

@@ -122,7 +122,10 @@ class Runner:
         self._perform(self.machine.handle_requirements(self._now(), missing))
 
     def misbehaved(self, reason: str) -> None:
+        """Kill it; what it still has to say is not heard."""
         self._perform(self.machine.handle_misbehaved(self._now(), reason))
+        if self._link is not None:
+            self._link.close(reason)
 
     def send(self, message: Any, fds: Sequence[int] = ()) -> None:
         """To the module, if it has a link now."""

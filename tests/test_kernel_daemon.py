@@ -267,6 +267,7 @@ def test_what_a_module_prints_is_kept_on_disk_and_its_end_in_memory(tmp_path: Pa
     [
         ("link.send(b'garbage'); time.sleep(3600)", "garbage on its link"),
         ("link.send(bytes(60000)); time.sleep(3600)", "garbage on its link"),
+        ("try:\n    while True: link.send(b'more')\nexcept OSError: time.sleep(3600)", "garbage on its link"),
         ("link.close(); time.sleep(3600)", "its link closed"),
         ("say(protocol.Lookup(service='x' * 50000)); time.sleep(3600)", "request of"),
         (
@@ -274,7 +275,7 @@ def test_what_a_module_prints_is_kept_on_disk_and_its_end_in_memory(tmp_path: Pa
             "answers unread",
         ),
     ],
-    ids=["garbage", "zeros", "closed", "long", "flood"],
+    ids=["garbage", "zeros", "more", "closed", "long", "flood"],
 )
 def test_a_module_that_misuses_its_link_is_killed_with_a_named_cause(
     tmp_path: Path, code: str, cause: str
@@ -286,6 +287,7 @@ def test_a_module_that_misuses_its_link_is_killed_with_a_named_cause(
             view = await failed_start(rig, "rogue")
             assert view.state == "failed"
             assert cause in view.cause
+            assert rig.kernel.events.totals["module.misbehaved"] <= 1
 
     run(test())
 
