@@ -225,7 +225,7 @@ def test_an_argument_out_of_range_is_a_value_error(channel_pair: Pairs, call: Ca
 
 def test_wrong_arguments_make_no_endpoint(channel_pair: Pairs) -> None:
     pair = channel_pair()
-    good = (pair.ring.fd, -1, -1, 64, 0, 0, (pair.server.fileno(), pair.client.fileno()), 1)
+    good: Any = (pair.ring.fd, -1, -1, 64, 0, 0, (pair.server.fileno(), pair.client.fileno()), 1)
     with pytest.raises(ValueError, match="role"):
         _native.Endpoint(2, *good)
     with pytest.raises(ValueError, match="negative"):
@@ -269,7 +269,7 @@ def test_errors_of_room_and_size_are_specific(channel_pair: Pairs) -> None:
 def test_a_burst_keeps_no_error_to_itself_that_the_next_call_would_not_meet(channel_pair: Pairs) -> None:
     client, server = channel_pair(up_bytes=4096)
     with pytest.raises(TypeError):
-        client.send_many([b"1", "text"])  # type: ignore[list-item]
+        client.send_many([b"1", "text"])
     assert client.send_many([b"2", b"x" * 5000]) == 1
     with pytest.raises(MessageSizeError):
         client.send_many([b"x" * 5000])

@@ -79,8 +79,9 @@ proptest! {
             number += 1;
             match step {
                 Step::Put(len) | Step::PutLarge(len) => {
-                    if went(sender.tx.put(number, &fill(number, len))) {
-                        unpublished.push_back((number, fill(number, len)));
+                    let bytes = fill(number, len);
+                    if went(sender.tx.put(number, &bytes)) {
+                        unpublished.push_back((number, bytes));
                     }
                 }
                 Step::Loan(len) => {
