@@ -165,7 +165,7 @@ def test_out_of_descriptors_is_an_error_with_a_hint_and_leaves_nothing(backend: 
     with contextlib.ExitStack() as stack:
         Segment.create(PAGE, backend).close()
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3, hard))  # noqa: PTH208
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3, hard))
         with pytest.raises(ResourceError, match=r"ulimit -n"):
             for _ in range(10):
                 stack.enter_context(Segment.create(PAGE, backend))
