@@ -80,7 +80,7 @@ def prepare(directory: Path) -> None:
     """Make the runtime directory. Raises DeniedError when others could tamper with it, ResourceError."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = directory.stat()
+        found = directory.lstat()  # in a shared /tmp somebody else may have put a link there
     except OSError as error:
         raise ResourceError(
             f"cannot use {directory}: {error.strerror}", "choose another --runtime-dir"

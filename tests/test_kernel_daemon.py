@@ -413,6 +413,37 @@ def test_a_runtime_directory_that_others_may_write_is_refused(tmp_path: Path) ->
     assert "chmod" in refused.stderr
 
 
+def test_a_runtime_directory_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    refused = subprocess.run(
+        [sys.executable, "-m", "snap.kernel", "--runtime-dir", tmp_path / "link"],
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 5
+
+
+def test_a_bad_policy_is_a_usage_error_and_nothing_starts(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text("version = 1\n[[allow]]\nwho = 7\n")
+    refused = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "snap.kernel",
+            "--runtime-dir",
+            tmp_path / "run",
+            "--policy",
+            tmp_path / "policy.toml",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 2
+    assert "allow" in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_runtime_directory_too_deep_for_a_socket_is_a_named_error(tmp_path: Path) -> None:
     directory = tmp_path / ("d" * 120)
     refused = subprocess.run(
