@@ -105,8 +105,8 @@ impl Tx {
 
     /// Ask to be woken when more room comes than there was at the stall, in the ring or the pool; false: it has come.
     pub fn arm_stalled(&mut self, how: u32) -> Result<bool> {
-        self.raise(how);
-        sync::heavy_fence();
+        let announced = self.raise(how);
+        sync::settle(announced);
         let still = self.still_stalled()?;
         if !still {
             self.lower();
@@ -114,13 +114,13 @@ impl Tx {
         Ok(still)
     }
 
-    /// Raise the armed word only: a heavy fence and another look must follow before anybody sleeps.
-    pub fn raise(&self, how: u32) {
-        self.mem.room_armed().store(how, Ordering::Relaxed);
+    /// Raise the armed word only: `sync::settle` with what this returns, and another look, must follow before anybody sleeps.
+    pub fn raise(&mut self, how: u32) -> bool {
+        self.producer.raise(&self.mem, how)
     }
 
     pub fn lower(&self) {
-        self.raise(crate::ring::DISARMED);
+        self.mem.room_armed().store(crate::ring::DISARMED, Ordering::Relaxed);
     }
 
     /// Whether nothing came back since the stall. When something did, the stall is over.
@@ -371,8 +371,8 @@ impl Rx {
             return Ok(armed);
         }
         // What a pause holds back is not there yet; the end of the pause wakes everybody.
-        self.raise(how);
-        sync::heavy_fence();
+        let announced = self.raise(how);
+        sync::settle(announced);
         let still = self.core.paused();
         if !still {
             self.lower();
@@ -380,10 +380,10 @@ impl Rx {
         Ok(still)
     }
 
-    /// Raise the armed word only: a heavy fence and another look must follow before anybody sleeps.
-    pub fn raise(&mut self, how: u32) {
+    /// Raise the armed word only, as `Tx::raise`.
+    pub fn raise(&mut self, how: u32) -> bool {
         self.release();
-        self.mem.data_armed().store(how, Ordering::Relaxed);
+        self.consumer.raise(&self.mem, how)
     }
 
     pub fn lower(&self) {

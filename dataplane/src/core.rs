@@ -262,7 +262,7 @@ impl Core {
         // Our own token: it is out until it is sent or given back, once.
         let _ = lock(&self.allocations).free(token);
         let word = self.ring.u32_at(layout::OFF_DIRECTION[self.own_direction()] + layout::DIR_ROOM_ARMED);
-        bell::wake(word, take_down(word), self.own_bell());
+        bell::wake(word, take_down(word, true), self.own_bell());
     }
 
     /// Give a received payload's memory back to its sender.

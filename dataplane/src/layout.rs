@@ -24,6 +24,8 @@ pub const DIR_HEAD: usize = 64;
 /// Armed words are on lines that hardly ever change, so that looking at them costs no transfer.
 pub const DIR_DATA_ARMED: usize = 128;
 pub const DIR_ROOM_ARMED: usize = 192;
+/// The announcement stands right after its armed word.
+pub const ARMED_SLEEPY: usize = 4;
 pub const DIR_RETURN_TAIL: usize = 256;
 pub const DIR_RETURN_HEAD: usize = 320;
 

@@ -61,16 +61,16 @@ impl Poller {
     }
 }
 
-/// Announce sleep on a channel: for messages or, with `room`, for room to send.
-pub fn raise(tx: &Tx, rx: &mut Rx, room: bool) {
+/// Announce sleep on a channel: for messages or, with `room`, for room to send. Returns what `sync::settle` has to know.
+pub fn raise(tx: &mut Tx, rx: &mut Rx, room: bool) -> bool {
     if room {
-        tx.raise(ARMED_EVENT);
+        tx.raise(ARMED_EVENT)
     } else {
-        rx.raise(ARMED_EVENT);
+        rx.raise(ARMED_EVENT)
     }
 }
 
-/// The last look, after all channels were raised and `sync::heavy_fence`: whether this one need not be polled now. One
+/// The last look, after all channels were raised and `sync::settle`: whether this one need not be polled now. One
 /// that changed its state or faults is not idle: whoever polls it next will meet that.
 pub fn idle(tx: &mut Tx, rx: &mut Rx, room: bool) -> bool {
     if room {

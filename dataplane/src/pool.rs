@@ -135,7 +135,9 @@ impl Returns {
         ring.u64_at(place).store(token, Ordering::Relaxed);
         self.tail += 1;
         ring.u64_at(control + layout::DIR_RETURN_TAIL).store(self.tail, Ordering::Release);
-        take_down(ring.u32_at(control + layout::DIR_ROOM_ARMED))
+        let armed = control + layout::DIR_ROOM_ARMED;
+        let sleepy = ring.u32_at(armed + layout::ARMED_SLEEPY).load(Ordering::Relaxed) != 0;
+        take_down(ring.u32_at(armed), sleepy)
     }
 }
 

@@ -9,7 +9,7 @@
 
 use crate::error::Fault;
 use crate::layout::{self, Header, PoolRef, INLINE_FIRST, PREFIX, SLOT};
-use crate::sync::{heavy_fence, light_fence, AtomicU32, AtomicU64, Ordering};
+use crate::sync::{full_fence, light_fence, settle, AtomicU32, AtomicU64, Ordering};
 
 /// An armed word's values: nobody waits, a thread waits by futex on the word itself, or an eventfd is to be written.
 pub const DISARMED: u32 = 0;
@@ -26,6 +26,17 @@ pub trait Memory {
     fn data_armed(&self) -> &AtomicU32;
     /// Armed by the producer that waits for room.
     fn room_armed(&self) -> &AtomicU32;
+    /// Whether the consumer (the producer) sleeps now and then: its peer then fences after every publication. Unannounced
+    /// sleep is safe as well, but each time costs the sleeper a barrier on every processor. The default is a memory whose
+    /// peers always fence.
+    fn data_sleepy(&self) -> bool {
+        true
+    }
+    fn room_sleepy(&self) -> bool {
+        true
+    }
+    fn announce_data(&self, _sleepy: bool) {}
+    fn announce_room(&self, _sleepy: bool) {}
     /// The 16-byte prefix of a slot. Index is masked.
     fn write_prefix(&self, index: u64, words: [u64; 2]);
     fn read_prefix(&self, index: u64) -> [u64; 2];
@@ -46,26 +57,60 @@ const AHEAD: u64 = 8;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wake(pub u32);
 
-/// Take an armed word down if it is up. The caller has published just before.
+/// Take an armed word down if it is up. The caller has published just before; `sleepy` is what the sleeper announced.
 #[inline]
-pub fn take_down(word: &AtomicU32) -> Wake {
-    light_fence();
+pub fn take_down(word: &AtomicU32, sleepy: bool) -> Wake {
+    if sleepy {
+        full_fence();
+    } else {
+        light_fence();
+    }
     if word.load(Ordering::Relaxed) == DISARMED {
         return Wake(DISARMED);
     }
     Wake(word.swap(DISARMED, Ordering::AcqRel))
 }
 
+/// Looks that found something, since the last sleep, after which one no longer counts as sleepy.
+const CALM: u32 = 4096;
+
+/// Whether this side has announced that it sleeps now and then.
+#[derive(Default)]
+struct Sleeper {
+    announced: bool,
+    calm: u32,
+}
+
+impl Sleeper {
+    /// About to sleep: true when that has to be announced first.
+    fn sleeps(&mut self) -> bool {
+        self.calm = 0;
+        !std::mem::replace(&mut self.announced, true)
+    }
+
+    /// Found something without sleeping: true when that has gone on for so long that the announcement can go.
+    #[inline]
+    fn awake(&mut self) -> bool {
+        if !self.announced {
+            return false;
+        }
+        self.calm += 1;
+        self.announced = self.calm < CALM;
+        !self.announced
+    }
+}
+
 pub struct Producer {
     tail: u64,
     published: u64,
     head: u64,
+    sleeper: Sleeper,
 }
 
 impl Producer {
     /// Take over a ring from its start.
     pub fn new() -> Self {
-        Producer { tail: 0, published: 0, head: 0 }
+        Producer { tail: 0, published: 0, head: 0, sleeper: Sleeper::default() }
     }
 
     /// Slots that can be written now; looks at the consumer's index only when the cached one leaves fewer than `want`.
@@ -79,6 +124,9 @@ impl Producer {
         // Between our old view and what we published: anything else was never a state of this ring.
         if head.wrapping_sub(self.head) > self.published - self.head {
             return Err(Fault::Index);
+        }
+        if head != self.head && self.sleeper.awake() {
+            mem.announce_room(false);
         }
         self.head = head;
         Ok(mem.capacity() - (self.tail - head))
@@ -134,13 +182,23 @@ impl Producer {
         }
         mem.tail().store(self.tail, Ordering::Release);
         self.published = self.tail;
-        take_down(mem.data_armed())
+        take_down(mem.data_armed(), mem.data_sleepy())
+    }
+
+    /// Raise the armed word only: `settle` and another look must follow before anybody sleeps. True when the announcement
+    /// is new, so that the fence has to be the heavy one.
+    pub fn raise(&mut self, mem: &impl Memory, how: u32) -> bool {
+        let announce = self.sleeper.sleeps();
+        if announce {
+            mem.announce_room(true);
+        }
+        mem.room_armed().store(how, Ordering::Relaxed);
+        announce
     }
 
     /// Ask to be woken when the consumer makes room; false when there are `want` slots already.
     pub fn arm(&mut self, mem: &impl Memory, want: u64, how: u32) -> Result<bool, Fault> {
-        mem.room_armed().store(how, Ordering::Relaxed);
-        heavy_fence();
+        settle(self.raise(mem, how));
         if self.room(mem, want)? < want {
             return Ok(true);
         }
@@ -175,11 +233,12 @@ pub struct Consumer {
     head: u64,
     released: u64,
     tail: u64,
+    sleeper: Sleeper,
 }
 
 impl Consumer {
     pub fn new() -> Self {
-        Consumer { head: 0, released: 0, tail: 0 }
+        Consumer { head: 0, released: 0, tail: 0, sleeper: Sleeper::default() }
     }
 
     /// Published slots not yet consumed; looks at the producer's index only when the cached one is used up.
@@ -199,6 +258,9 @@ impl Consumer {
             || tail.wrapping_sub(self.released) < self.tail - self.released
         {
             return Err(Fault::Index);
+        }
+        if tail != self.tail && self.sleeper.awake() {
+            mem.announce_data(false);
         }
         self.tail = tail;
         Ok(tail - self.head)
@@ -300,13 +362,22 @@ impl Consumer {
         }
         mem.head().store(self.head, Ordering::Release);
         self.released = self.head;
-        take_down(mem.room_armed())
+        take_down(mem.room_armed(), mem.room_sleepy())
+    }
+
+    /// Raise the armed word only, as `Producer::raise`.
+    pub fn raise(&mut self, mem: &impl Memory, how: u32) -> bool {
+        let announce = self.sleeper.sleeps();
+        if announce {
+            mem.announce_data(true);
+        }
+        mem.data_armed().store(how, Ordering::Relaxed);
+        announce
     }
 
     /// Ask to be woken by the next message; false when there is one already.
     pub fn arm(&mut self, mem: &impl Memory, how: u32) -> Result<bool, Fault> {
-        mem.data_armed().store(how, Ordering::Relaxed);
-        heavy_fence();
+        settle(self.raise(mem, how));
         if self.available(mem)? == 0 {
             return Ok(true);
         }

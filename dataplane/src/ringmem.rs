@@ -43,12 +43,34 @@ impl RingMemory {
         }
     }
 
+    /// The word `steps` after an armed word, on the same line: its announcement.
+    #[inline]
+    fn word(&self, armed: *const AtomicU32, steps: usize) -> &AtomicU32 {
+        // SAFETY: armed words begin a cache line of the control area, which lies in `_map`; `steps` is 0 or 1.
+        unsafe { &*armed.add(steps) }
+    }
+
     fn bytes(&self) -> usize {
         self.capacity as usize * SLOT
     }
 }
 
 impl Memory for RingMemory {
+    #[inline]
+    fn data_sleepy(&self) -> bool {
+        self.word(self.data_armed, 1).load(Ordering::Relaxed) != 0
+    }
+    #[inline]
+    fn room_sleepy(&self) -> bool {
+        self.word(self.room_armed, 1).load(Ordering::Relaxed) != 0
+    }
+    fn announce_data(&self, sleepy: bool) {
+        self.word(self.data_armed, 1).store(u32::from(sleepy), Ordering::Relaxed);
+    }
+    fn announce_room(&self, sleepy: bool) {
+        self.word(self.room_armed, 1).store(u32::from(sleepy), Ordering::Relaxed);
+    }
+
     #[inline]
     fn expect_write(&self, index: u64) {
         let place = self.slots.wrapping_add((index & (self.capacity - 1)) as usize * SLOT);

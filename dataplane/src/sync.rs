@@ -1,9 +1,10 @@
 //! Atomics, by loom when the rings are model-checked (`--cfg loom`) and by the machine otherwise; and the pair of fences
 //! between "publish, then look whether somebody sleeps" and "announce sleep, then look whether something was published".
 //!
-//! Publishing happens with every message, sleeping hardly ever, so the fences are asymmetric where the system can do it:
-//! the sleeper's `membarrier(2)` makes every running thread of a registered process pass a full barrier, and the publisher
-//! needs none of its own, which would hold it until its stores have reached the other core (a whole line transfer).
+//! While both sides poll, a fence with every message would hold the publisher until its stores have reached the other core
+//! (a whole line transfer) for nothing. So a side that begins to sleep announces that in a word of its own and calls
+//! `membarrier(2)`, which makes every running thread of a registered process pass a full barrier; from then on its peer
+//! fences, and it needs only an ordinary fence itself, until it has polled for long and takes the announcement back.
 
 #[cfg(loom)]
 pub use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -11,9 +12,9 @@ pub use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 pub use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 #[cfg(not(loom))]
-pub use self::asymmetric::{heavy_fence, light_fence, prepare};
+pub use self::asymmetric::{full_fence, light_fence, prepare, settle};
 #[cfg(loom)]
-pub use self::symmetric::{heavy_fence, light_fence};
+pub use self::symmetric::{full_fence, light_fence, settle};
 
 #[cfg(loom)]
 mod symmetric {
@@ -23,7 +24,11 @@ mod symmetric {
         fence(Ordering::SeqCst);
     }
 
-    pub fn heavy_fence() {
+    pub fn full_fence() {
+        fence(Ordering::SeqCst);
+    }
+
+    pub fn settle(_announced: bool) {
         fence(Ordering::SeqCst);
     }
 }
@@ -58,9 +63,17 @@ mod asymmetric {
         }
     }
 
-    /// Between raising an armed word and the last look before sleep.
-    pub fn heavy_fence() {
-        if !REGISTERED.load(Ordering::Relaxed) || membarrier(MembarrierCommand::GlobalExpedited).is_err() {
+    /// In place of the light one where the sleeper has announced itself.
+    #[inline]
+    pub fn full_fence() {
+        fence(Ordering::SeqCst);
+    }
+
+    /// Between raising an armed word and the last look before sleep; `announced` when the other side could not know yet
+    /// that it has to fence.
+    pub fn settle(announced: bool) {
+        let heavy = announced && REGISTERED.load(Ordering::Relaxed);
+        if !heavy || membarrier(MembarrierCommand::GlobalExpedited).is_err() {
             fence(Ordering::SeqCst);
         }
     }

@@ -159,11 +159,12 @@ fn run(shared: &Shared, engine: Box<dyn Engine>, settings: &Settings) {
 /// Arm, look again, sleep.
 fn idle(shared: &Shared, state: &mut State, settings: &Settings, meter: &mut Meter) {
     meter.publish(settings, &state.channels, Duration::ZERO);
+    let mut announced = false;
     for channel in state.channels.iter_mut() {
         let room = channel.tx.stalled();
-        poller::raise(&channel.tx, &mut channel.rx, room);
+        announced |= poller::raise(&mut channel.tx, &mut channel.rx, room);
     }
-    sync::heavy_fence();
+    sync::settle(announced);
     let idle = state.channels.iter_mut().all(|channel| {
         let room = channel.tx.stalled();
         poller::idle(&mut channel.tx, &mut channel.rx, room)

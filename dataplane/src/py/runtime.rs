@@ -40,11 +40,12 @@ impl Poller {
     /// Announce sleep on all; true when none of them needs a look now.
     fn arm(&self, py: Python<'_>) -> PyResult<bool> {
         let members = self.members();
+        let mut announced = false;
         for member in members.iter() {
             let endpoint = member.endpoint.get();
-            poller::raise(&*endpoint.tx().enter(py)?, &mut *endpoint.rx().enter(py)?, member.room);
+            announced |= poller::raise(&mut *endpoint.tx().enter(py)?, &mut *endpoint.rx().enter(py)?, member.room);
         }
-        sync::heavy_fence();
+        sync::settle(announced);
         for member in members.iter() {
             let endpoint = member.endpoint.get();
             if !poller::idle(&mut *endpoint.tx().enter(py)?, &mut *endpoint.rx().enter(py)?, member.room) {
