@@ -88,7 +88,9 @@ class Application:
         self._deadline.cancel()
         who = self.identity
         name, badge = f"app:{who.pid}.{self._number}", f"uid:{who.uid}/pid:{who.pid}"
-        self._principal = self._server.desk.admit(name, badge, who, self._connection.send, self.close)
+        self._principal = self._server.desk.admit(
+            name, badge, who, self._connection.send, self.close, message.name
+        )
         self._connection.send(protocol.Welcome(seq=message.seq, principal=name, kernel_pid=os.getpid()))
 
     def _on_bad(self, error: ProtocolError) -> None:

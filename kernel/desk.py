@@ -45,15 +45,21 @@ class Desk:
         self._expiry: asyncio.TimerHandle | None = None
 
     def admit(
-        self, name: str, badge: str, identity: Identity, send: Send, drop: Callable[[str], None]
+        self,
+        name: str,
+        badge: str,
+        identity: Identity,
+        send: Send,
+        drop: Callable[[str], None],
+        label: str = "",
     ) -> Principal:
-        """Raises UsageError when there is a principal of that name."""
+        """`label` is what it calls itself. Raises UsageError when there is a principal of that name."""
         self._table.add_owner(name, badge, identity.pid)
         quota = self._policy.quota
         bucket = TokenBucket(quota.requests_per_second, self._loop.time())
         principal = Principal(name, badge, identity, quota, bucket, send, drop)
         self.principals[name] = principal
-        self._events.emit("principal.joined", name, badge=badge)
+        self._events.emit("principal.joined", name, badge=badge, label=label[:64])
         return principal
 
     def dismiss(self, principal: Principal, reason: str) -> None:
