@@ -201,9 +201,16 @@ fn messages_of_several_slots_wrap_around_untorn() {
     exchange(4, &[INLINE_TWO, 200, INLINE_TWO], ARMED_FUTEX, Some(3));
 }
 
+/// Without a bound on preemptions.
 #[test]
 fn one_message_in_every_interleaving_there_is() {
     exchange(2, &[8], ARMED_FUTEX, None);
+}
+
+/// A ring of one message: the second one waits for the first one's slots.
+#[test]
+fn two_messages_through_one_place() {
+    exchange(2, &[INLINE_TWO, INLINE_TWO], ARMED_FUTEX, Some(3));
 }
 
 /// Two slots.
