@@ -158,6 +158,7 @@ class _Line:
     """One DEALER connection, and the monitor that says when it breaks."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], path: Path) -> None:
+        self._path = path
         self._socket = context.socket(zmq.DEALER)
         self._socket.linger = 0
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
@@ -178,7 +179,10 @@ class _Line:
     def receive(self, key: str, end: float) -> tuple[Response | None, bool]:
         """The response to `key`, or whether the connection broke; neither when it has not come until `end`."""
         while (left := end - time.monotonic()) > 0:
-            ready = dict(self._poller.poll(int(left * 1000) + 1))
+            ready = dict(self._poller.poll(min(int(left * 1000) + 1, _IDLE_MS)))
+            if not ready:
+                # A break while the connection was still being made is never reported.
+                probe(self._path)
             if self._socket in ready:
                 response = _RESPONSE.decode(self._socket.recv_multipart()[-1])
                 if response.key == key:
