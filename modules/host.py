@@ -23,7 +23,14 @@ from typing import Final, NoReturn
 import setproctitle
 
 from snap.dataplane import _native
-from snap.dataplane.errors import NotFoundError, ProtocolError, SnapError, UnreachableError, UsageError
+from snap.dataplane.errors import (
+    NotFoundError,
+    ProtocolError,
+    ResourceError,
+    SnapError,
+    UnreachableError,
+    UsageError,
+)
 from snap.ipc import seqpacket
 from snap.ipc.manifest import EngineTable, Manifest, from_builtins
 from snap.ipc.protocol import (
@@ -213,8 +220,13 @@ class Host:
 def server_channel(order: Attach, fds: list[int], gate_fd: int) -> ServerChannel:
     """Map the engine's end of the channel that `order` describes; the descriptors stay the caller's.
 
-    Raises ProtocolError for another number of descriptors than five, and what `Endpoint` raises.
+    Raises ResourceError when there was no room for them, ProtocolError for another number than five, and what
+    `Endpoint` raises.
     """
+    if not fds:
+        raise ResourceError(
+            "the module is out of descriptors", "raise resources.descriptors in its module.toml"
+        )
     if len(fds) != 5:
         raise ProtocolError(f"Attach came with {len(fds)} descriptors instead of 5")
     ring, up, down, server_bell, client_bell = fds

@@ -64,6 +64,9 @@ class Link:
             data, fds = seqpacket.recv(self._sock)
         except ConnectionError:
             data, fds = b"", []
+        except seqpacket.LostDescriptorsError as lost:
+            # One order cannot be carried out; who carries it out says so. The module serves on.
+            data, fds = lost.data, []
         if not data:
             self._close()
             raise UnreachableError("the kernel has gone")

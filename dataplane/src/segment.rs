@@ -8,7 +8,7 @@
 use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::Once;
+use std::sync::{Mutex, Once, PoisonError};
 
 use rustix::mm::{mmap, munmap, MapFlags, ProtFlags};
 
@@ -30,7 +30,7 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// Map `len` bytes of `fd`. Fails with `Fault::Geometry` when the segment is smaller than promised.
     pub fn new(fd: BorrowedFd<'_>, len: usize, writable: bool) -> Result<Mapping> {
-        install_guard();
+        install_guard_once();
         let stat = rustix::fs::fstat(fd).map_err(|errno| Error::os("fstat of a segment", errno))?;
         if len == 0 || (stat.st_size as u64) < len as u64 {
             return Err(Error::Faulted(Fault::Geometry));
@@ -145,22 +145,33 @@ fn register(start: usize, len: usize) -> Option<usize> {
     Some(index)
 }
 
-static mut PREVIOUS: std::mem::MaybeUninit<libc::sigaction> = std::mem::MaybeUninit::uninit();
+static mut PREVIOUS: std::mem::MaybeUninit<libc::sigaction> = std::mem::MaybeUninit::zeroed();
+static INSTALLING: Mutex<()> = Mutex::new(());
 static INSTALL: Once = Once::new();
 
-/// Install the SIGBUS guard; idempotent. A SIGBUS elsewhere goes to whoever handled it before.
+/// Install the SIGBUS guard before the first mapping. A SIGBUS elsewhere goes to whoever handled it before.
+fn install_guard_once() {
+    INSTALL.call_once(install_guard);
+}
+
+/// Install the SIGBUS guard, again if another handler has taken its place (`faulthandler.enable()` does).
 pub fn install_guard() {
-    INSTALL.call_once(|| {
-        // SAFETY: a zeroed sigaction is valid; the handler is async-signal-safe (atomics, mmap, sigaction only);
-        // PREVIOUS is written once, here, before the handler can run for the first time.
-        unsafe {
-            let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = on_sigbus as *const () as usize;
-            action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER | libc::SA_ONSTACK;
-            libc::sigemptyset(&mut action.sa_mask);
-            libc::sigaction(libc::SIGBUS, &action, ptr::addr_of_mut!(PREVIOUS).cast());
+    let _one_at_a_time = INSTALLING.lock().unwrap_or_else(PoisonError::into_inner);
+    // SAFETY: a zeroed sigaction is valid; the handler is async-signal-safe (atomics, mmap, sigaction only); PREVIOUS is
+    // written under the lock and only while the handler that reads it is not installed.
+    unsafe {
+        let mut current: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(libc::SIGBUS, ptr::null(), &mut current);
+        if current.sa_sigaction == on_sigbus as *const () as usize {
+            return;
         }
-    });
+        ptr::addr_of_mut!(PREVIOUS).write(std::mem::MaybeUninit::new(current));
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = on_sigbus as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER | libc::SA_ONSTACK;
+        libc::sigemptyset(&mut action.sa_mask);
+        libc::sigaction(libc::SIGBUS, &action, ptr::null_mut());
+    }
 }
 
 extern "C" fn on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {

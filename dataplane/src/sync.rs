@@ -72,8 +72,7 @@ mod asymmetric {
     /// Between raising an armed word and the last look before sleep; `announced` when the other side could not know yet
     /// that it has to fence.
     pub fn settle(announced: bool) {
-        let heavy = announced && REGISTERED.load(Ordering::Relaxed);
-        if !heavy || membarrier(MembarrierCommand::GlobalExpedited).is_err() {
+        if !announced || membarrier(MembarrierCommand::GlobalExpedited).is_err() {
             fence(Ordering::SeqCst);
         }
     }
