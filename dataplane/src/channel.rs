@@ -21,7 +21,8 @@ pub fn open(grant: &Grant<'_>) -> Result<(Arc<Core>, Tx, Rx)> {
     let core = Core::open(grant)?;
     let mem = |direction| RingMemory::new(&core.ring, core.slots, direction);
     let tx = Tx { mem: mem(core.own_direction()), core: core.clone(), producer: Producer::new(), stalled: None };
-    let rx = Rx { mem: mem(core.peer_direction()), core: core.clone(), consumer: Consumer::new() };
+    let rx =
+        Rx { mem: mem(core.peer_direction()), core: core.clone(), consumer: Consumer::new(), crowd: Crowd::default() };
     Ok((core, tx, rx))
 }
 
@@ -120,7 +121,7 @@ impl Tx {
     }
 
     pub fn lower(&self) {
-        self.mem.room_armed().store(crate::ring::DISARMED, Ordering::Relaxed);
+        self.mem.room_armed().swap(crate::ring::DISARMED, Ordering::AcqRel);
     }
 
     /// Whether nothing came back since the stall. When something did, the stall is over.
@@ -232,7 +233,22 @@ pub struct Rx {
     mem: RingMemory,
     core: Arc<Core>,
     consumer: Consumer,
+    crowd: Crowd,
 }
+
+/// Whether a spinning receiver is in its sender's way. One that is faster finds the ring empty after every message or two
+/// and looks at once again: each look takes the line away on which the sender is about to publish, and the rate falls to that
+/// of line transfers. Then it is better to leave the line alone until a few messages have come together.
+#[derive(Default)]
+struct Crowd {
+    /// Times in a row that the ring was empty after a few messages and nothing had been sent in return.
+    streak: u32,
+    received: u64,
+    sent: u64,
+}
+
+const CROWD_STREAK: u32 = 64;
+const CROWD_MESSAGES: u64 = 4;
 
 impl Rx {
     /// Begin a burst. A peer that is gone is reported only when everything it sent has been received, unless the kernel
@@ -356,6 +372,22 @@ impl Rx {
         Ok(place)
     }
 
+    /// Before spinning on an empty ring: whether to leave it alone for a moment first (see `Crowd`). A reply in between, as in
+    /// a round trip, never crowds.
+    pub fn crowding(&mut self) -> bool {
+        let received = self.core.counters.received.load(Ordering::Relaxed);
+        let sent = self.core.counters.sent.load(Ordering::Relaxed);
+        let few = received.wrapping_sub(self.crowd.received) <= CROWD_MESSAGES && sent == self.crowd.sent;
+        let streak = if few { self.crowd.streak.saturating_add(1) } else { 0 };
+        self.crowd = Crowd { streak, received, sent };
+        streak > CROWD_STREAK
+    }
+
+    /// The next message took its time: nobody is crowded.
+    pub fn uncrowd(&mut self) {
+        self.crowd.streak = 0;
+    }
+
     /// Give all consumed slots back to the sender.
     #[inline]
     pub fn release(&mut self) {
@@ -387,7 +419,7 @@ impl Rx {
     }
 
     pub fn lower(&self) {
-        self.mem.data_armed().store(crate::ring::DISARMED, Ordering::Relaxed);
+        self.mem.data_armed().swap(crate::ring::DISARMED, Ordering::AcqRel);
     }
 
     /// Whether there is nothing to receive and nothing to say.

@@ -5,7 +5,8 @@
 //! one store. A message takes one slot or, inline and longer than 48 bytes, the following ones too.
 //!
 //! Sleeping: the waiter arms a word, fences, looks again, and only then sleeps; the other side publishes, fences,
-//! and rings if the word is armed. One of the two always sees the other (Dekker), which loom checks below.
+//! and rings if the word is armed. One of the two always sees the other (Dekker), which `tests/loom_ring.rs` checks. Armed
+//! words change by read-modify-write only: both sides write them.
 
 use crate::error::Fault;
 use crate::layout::{self, Header, PoolRef, INLINE_FIRST, PREFIX, SLOT};
@@ -192,7 +193,7 @@ impl Producer {
         if announce {
             mem.announce_room(true);
         }
-        mem.room_armed().store(how, Ordering::Relaxed);
+        mem.room_armed().swap(how, Ordering::AcqRel);
         announce
     }
 
@@ -202,7 +203,7 @@ impl Producer {
         if self.room(mem, want)? < want {
             return Ok(true);
         }
-        mem.room_armed().store(DISARMED, Ordering::Relaxed);
+        mem.room_armed().swap(DISARMED, Ordering::AcqRel);
         Ok(false)
     }
 }
@@ -371,7 +372,7 @@ impl Consumer {
         if announce {
             mem.announce_data(true);
         }
-        mem.data_armed().store(how, Ordering::Relaxed);
+        mem.data_armed().swap(how, Ordering::AcqRel);
         announce
     }
 
@@ -381,7 +382,7 @@ impl Consumer {
         if self.available(mem)? == 0 {
             return Ok(true);
         }
-        mem.data_armed().store(DISARMED, Ordering::Relaxed);
+        mem.data_armed().swap(DISARMED, Ordering::AcqRel);
         Ok(false)
     }
 }

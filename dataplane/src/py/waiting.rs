@@ -14,6 +14,8 @@ use crate::ring::ARMED_FUTEX;
 /// Looks taken with the GIL held before it is given up: about two microseconds, less than giving it up and back costs
 /// when the answer is on its way.
 const HELD_LOOKS: u32 = 256;
+/// Pauses of a receiver that crowds its sender: some hundred nanoseconds.
+const CROWD_PAUSE: u32 = 32;
 /// Waiting without the GIL comes back this often for signals, or after a sleep.
 const SIGNAL_SLICE: Duration = Duration::from_millis(20);
 
@@ -60,6 +62,12 @@ pub trait Awaited: Send {
     fn check(&mut self) -> Result<()>;
     /// True when a signal interrupted it.
     fn sleep(&mut self, limit: Option<Duration>) -> Result<bool>;
+    /// Whether looking at once would be in the peer's way.
+    fn crowding(&mut self) -> bool {
+        false
+    }
+    /// It took its time to come.
+    fn uncrowd(&mut self) {}
 }
 
 pub struct Data<'a>(pub &'a mut Rx);
@@ -77,6 +85,12 @@ impl Awaited for Data<'_> {
             return Ok(false);
         }
         Ok(bell::sleep(self.0.armed_word(), limit))
+    }
+    fn crowding(&mut self) -> bool {
+        self.0.crowding()
+    }
+    fn uncrowd(&mut self) {
+        self.0.uncrowd();
     }
 }
 
@@ -108,12 +122,19 @@ impl<F: FnMut(&mut Tx) -> Result<()> + Send> Awaited for Room<'_, F> {
 /// Wait for it: true when it is there, false when the deadline passed. Python signal handlers run meanwhile.
 pub fn wait(py: Python<'_>, mut what: impl Awaited, deadline: Deadline, wait: Wait) -> PyResult<bool> {
     if wait != Wait::Block {
-        for _ in 0..HELD_LOOKS {
+        if what.crowding() {
+            (0..CROWD_PAUSE).for_each(|_| std::hint::spin_loop());
+        }
+        for looks in 0..HELD_LOOKS {
             if what.look().map_err(|error| convert(py, error))? {
+                if looks > CROWD_PAUSE {
+                    what.uncrowd();
+                }
                 return Ok(true);
             }
             std::hint::spin_loop();
         }
+        what.uncrowd();
     }
     let since = Instant::now();
     loop {
