@@ -31,7 +31,7 @@ class Offer:
         self.gate.close()
 
 
-def offer(sock: socket.socket, slots: int = 1024, pool: int = 8 << 20) -> Offer:
+def offer(sock: socket.socket, slots: int = 1024, pool: int = 4 << 20) -> Offer:
     """Make a channel, send its other end over `sock` (SEQPACKET), and keep the client's end.
 
     `pool`: bytes of payload memory per direction. Raises ResourceError, OSError.

@@ -183,11 +183,18 @@ impl Tx {
 
     /// Memory of the pool to fill. `Full` when it is exhausted for now, `Size` when it could never hold `len`.
     pub fn loan(&mut self, len: usize) -> Result<LoanRef> {
-        if lock(&self.core.allocations).never(len) {
-            return Err(Error::Size { len, max: self.core.max_message() });
+        let core = &self.core;
+        let mut allocations = lock(&core.allocations);
+        if allocations.never(len) {
+            return Err(Error::Size { len, max: allocations.largest().max(INLINE_MAX) });
         }
-        self.collect()?;
-        let place = lock(&self.core.allocations).allocate(len);
+        let mut place = allocations.allocate(len);
+        if place.is_none() {
+            // Only now: what has come back is taken in by the batch, for it lies on a line that the consumer writes.
+            allocations.collect(&core.ring, core.slots, core.own_direction()).map_err(|fault| core.fail(fault))?;
+            place = allocations.allocate(len);
+        }
+        drop(allocations);
         match place {
             Some(place) => Ok(LoanRef { place, len }),
             None => {
