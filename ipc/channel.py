@@ -191,6 +191,31 @@ class Channel(Endpoint):
             pass  # the count says it
         return sent
 
+    async def asend_array(self, records: npt.NDArray[Any], tag: int = 0, timeout: float | None = None) -> int:
+        """`send_array`: returns how many went, which is all of them unless `timeout` seconds passed."""
+        flat, sent = records.reshape(-1), 0
+        try:
+            async with _deadline(timeout, "no room to send"):
+                while (sent := sent + self.send_array(flat[sent:], tag, 0)) < len(flat):
+                    await self._wait(self.arm_send)
+        except DeadlineError:
+            pass  # the count says it
+        return sent
+
+    async def arecv_array(
+        self, dtype: npt.DTypeLike, limit: int, timeout: float | None = None
+    ) -> npt.NDArray[Any]:
+        """`recv_array`: 1 to `limit` records; none when `timeout` seconds passed."""
+        records = self.recv_array(dtype, limit, 0)
+        try:
+            async with _deadline(timeout, "no message"):
+                while limit and not len(records):
+                    await self._wait(self.arm_recv)
+                    records = self.recv_array(dtype, limit, 0)
+        except DeadlineError:
+            pass  # an empty array says it
+        return records
+
     async def aloan(self, size: int, timeout: float | None = None) -> Loan:
         """`loan`: waits for pool memory in the event loop. Raises DeadlineError after `timeout` seconds."""
         async with _deadline(timeout, "no pool memory"):

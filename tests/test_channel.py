@@ -365,6 +365,35 @@ def test_no_records_are_neither_sent_nor_waited_for(channel_pair: Make) -> None:
     assert len(client.recv_array(RECORD, 5, timeout=0)) == 0
 
 
+def test_more_records_than_the_ring_holds_pass_by_asyncio_both_ways(channel_pair: Make) -> None:
+    client, server = channel_pair(slots=64)
+    count = 2000
+
+    def echo() -> None:
+        done = 0
+        while done < count:
+            messages = server.recv_many(16, timeout=LIMIT)
+            done += server.send_many(messages, timeout=LIMIT)
+
+    async def main() -> Any:
+        thread = threading.Thread(target=echo)
+        thread.start()
+        sending = asyncio.ensure_future(client.asend_array(records(count)))
+        received: list[Any] = []
+        while sum(map(len, received)) < count:
+            received.append(await client.arecv_array(RECORD, 300))
+        thread.join()
+        assert await sending == count
+        return np.concatenate(received)
+
+    assert (run(main()) == records(count)).all()
+
+
+def test_no_records_within_the_timeout_are_an_empty_array(channel_pair: Make) -> None:
+    client, _ = channel_pair()
+    assert len(run(client.arecv_array(RECORD, 5, timeout=0.01))) == 0
+
+
 def test_a_message_of_another_size_is_named_and_stays_to_be_received(channel_pair: Make) -> None:
     client, server = channel_pair()
     server.send(b"odd")
