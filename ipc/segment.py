@@ -16,7 +16,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
 import secrets
 from pathlib import Path
 from typing import Final, Literal, Self, get_args
@@ -24,9 +23,7 @@ from typing import Final, Literal, Self, get_args
 import posix_ipc  # type: ignore[import-not-found]
 
 from snap.dataplane.errors import (
-    BusyError,
     ClosedError,
-    NotFoundError,
     ProtocolError,
     ResourceError,
     UsageError,
@@ -34,10 +31,8 @@ from snap.dataplane.errors import (
 
 Backend = Literal["memfd", "posix"]
 
-NAME_PREFIX: Final = "snap-"
-_ANONYMOUS: Final = f"{NAME_PREFIX}anonymous-"
+NAME_PREFIX: Final = "snap-segment-"
 _SHM: Final = Path("/dev/shm")
-_NAME: Final = re.compile(r"snap-[A-Za-z0-9_.-]{1,200}")
 _LARGEST: Final = 1 << 40
 _F_SEAL_FUTURE_WRITE: Final = 0x0010  # Linux 5.1; the fcntl module does not name it
 _SEALS: Final = {
@@ -62,32 +57,22 @@ _POSIX_UNSEALABLE: Final = (
 class Segment:
     """A piece of shared memory, zeroed when made. Owns its descriptor; use it in `with`, or `close` it."""
 
-    def __init__(self, fd: int, size: int, backend: Backend, name: str | None = None) -> None:
+    def __init__(self, fd: int, size: int, backend: Backend) -> None:
         self._fd = fd
         self.size = size
         self.backend: Final = backend
-        self.name: Final = name
 
     @classmethod
-    def create(cls, size: int, backend: str = "memfd", name: str | None = None) -> Self:
-        """Make a zeroed segment of `size` bytes: nameless, unless `name` (posix only) asks for one that operators see.
-
-        A named segment stays until `unlink`. Raises UsageError (size, back end, name), BusyError when the name is
-        taken, ResourceError when the machine is out of memory, room in /dev/shm, or descriptors.
-        """
+    def create(cls, size: int, backend: str = "memfd") -> Self:
+        """Make a zeroed, nameless segment of `size` bytes. Raises UsageError (size, back end), ResourceError when the
+        machine is out of memory, room in /dev/shm, or descriptors."""
         if not 0 < size <= _LARGEST:
             raise UsageError(f"a segment of {size} bytes cannot be made", f"sizes are 1 to {_LARGEST}")
         if backend == "posix":
-            return cls(_posix(size, name), size, "posix", name)
-        if backend != "memfd":
-            raise UsageError(
-                f"unknown segment back end {backend!r}", f"one of {', '.join(get_args(Backend))}"
-            )
-        if name is not None:
-            raise UsageError(
-                "a memfd has no name that others could open", 'use backend="posix" for named segments'
-            )
-        return cls(_memfd(size), size, "memfd")
+            return cls(_posix(size), size, "posix")
+        if backend == "memfd":
+            return cls(_memfd(size), size, "memfd")
+        raise UsageError(f"unknown segment back end {backend!r}", f"one of {', '.join(get_args(Backend))}")
 
     @classmethod
     def adopt(cls, fd: int, size: int) -> Self:
@@ -134,14 +119,6 @@ class Segment:
             return False, _POSIX_UNSEALABLE
         return False, "not sealed: a process of the same uid can open it writable again through /proc"
 
-    def unlink(self) -> None:
-        """Remove the name; who has it open keeps it. Raises UsageError where there is no name, NotFoundError when
-        it is gone already."""
-        if self.name is None:
-            raise UsageError("this segment has no name to remove")
-        if not _unlink(self.name):
-            raise NotFoundError(f"no segment is named {self.name}")
-
     def close(self) -> None:
         """Close the descriptor; mappings stay valid. Idempotent."""
         fd, self._fd = self._fd, -1
@@ -155,18 +132,16 @@ class Segment:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Segment {self.name or 'nameless'} {self.backend} fd={self._fd} size={self.size}>"
+        return f"<Segment {self.backend} fd={self._fd} size={self.size}>"
 
 
-def reclaim(prefix: str) -> list[str]:
-    """Remove the named segments of our own uid that start with `prefix` (which starts with "snap-"), and what a
-    process left that died in the instant between naming and unlinking a nameless one. Returns the names removed."""
-    if not prefix.startswith(NAME_PREFIX):
-        raise UsageError(f"segments of Snap are named {NAME_PREFIX}..., not {prefix!r}")
+def reclaim() -> list[str]:
+    """Remove what processes of our own uid left that were killed in the instant between naming a POSIX segment and
+    unlinking it. Returns the names removed."""
     return [
         path.name
         for path in sorted(_SHM.iterdir())
-        if path.name.startswith((prefix, _ANONYMOUS)) and _is_ours(path) and _unlink(path.name)
+        if path.name.startswith(NAME_PREFIX) and _is_ours(path) and _unlink(path.name)
     ]
 
 
@@ -199,26 +174,19 @@ def _memfd(size: int) -> int:
     return fd
 
 
-def _posix(size: int, name: str | None) -> int:
-    if name is not None and not _NAME.fullmatch(name):
-        raise UsageError(f"bad segment name {name!r}", f"{NAME_PREFIX} and letters, digits, '_', '.', '-'")
-    label = name or f"{_ANONYMOUS}{secrets.token_hex(16)}"
+def _posix(size: int) -> int:
+    label = f"{NAME_PREFIX}{secrets.token_hex(16)}"
     try:
         fd: int = posix_ipc.SharedMemory(f"/{label}", posix_ipc.O_CREX, mode=0o600, size=0).fd
-    except posix_ipc.ExistentialError as error:
-        raise BusyError(f"a segment named {label} exists", "reclaim it if its owner is gone") from error
     except OSError as error:
         raise _exhausted(size, error) from error
+    # False when a `reclaim` took the name away first: gone is all we want.
+    _unlink(label)
     try:
-        if name is None:
-            # False when a `reclaim` took the name away first: gone is all we want.
-            _unlink(label)
         # Reserves the memory as well: see the top of this file.
         os.posix_fallocate(fd, 0, size)
     except OSError as error:
         os.close(fd)
-        if name is not None:
-            _unlink(label)
         raise _exhausted(size, error) from error
     return fd
 

@@ -17,6 +17,7 @@ from snap.dataplane.errors import NotFoundError, NotRunningError, SnapError
 from snap.ipc import paths
 from snap.ipc.discovery import Found, Problem, discover
 from snap.ipc.protocol import KernelView, ModuleView
+from snap.ipc.segment import reclaim
 
 from . import bootstrap, graph, operations, supervision
 from .audit import AuditLog, AuditRecord
@@ -65,6 +66,8 @@ class Kernel:
         self.desk = Desk(
             self.table, settings.policy, self.uid, self.audit, self.events, self.broker, self.provider
         )
+        for name in reclaim():
+            self.events.emit("segment.reclaimed", f"segment:{name}")
         self.plan = self._load_modules()
         self._bootstrap = bootstrap.Bootstrap(listener, self.desk, self.audit, self.events)
         self._heartbeats = asyncio.get_running_loop().create_task(self._watch_heartbeats())
