@@ -73,7 +73,7 @@ pub fn take_down(word: &AtomicU32, sleepy: bool) -> Wake {
 }
 
 /// Looks that found something, since the last sleep, after which one no longer counts as sleepy.
-const CALM: u32 = 4096;
+const CALM: u32 = 64;
 
 /// Whether this side has announced that it sleeps now and then.
 #[derive(Default)]
