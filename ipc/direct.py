@@ -70,7 +70,7 @@ def accept(sock: socket.socket) -> _native.Endpoint:
 
 def echo(endpoint: _native.Endpoint) -> _native.Worker:
     """Hand a server's end to the native echo engine on a thread of its own."""
-    worker = _native.Worker("echo", "echo", wait=_native.SPIN)
+    worker = _native.Worker("echo", "echo", wait=_native.ADAPTIVE)
     worker.attach(1, endpoint)
     return worker
 
