@@ -1,7 +1,7 @@
 """Typed face of the Rust crate: see `dataplane/src/`."""
 
 from collections.abc import Sequence
-from typing import Final, Self, final
+from typing import Any, Final, Self, final
 
 from typing_extensions import Buffer
 
@@ -77,11 +77,17 @@ class Endpoint:
         self, loan: Loan, tag: int = 0, timeout: float | None = None, wait: int = ADAPTIVE
     ) -> None: ...
     def receive(self, timeout: float | None = None, wait: int = ADAPTIVE) -> Payload:
-        """Receive one message without copying it; release the payload (or leave its `with`) to give the memory back."""
+        """Receive one message without copying it; release the payload (or leave its `with`) to give the memory
+        back."""
+    def unread(self, count: int) -> None:
+        """Put back the last `count` messages received in this poll (server's end in a `Ledger` only): they
+        come again."""
     def room(self) -> int:
-        """Messages of any inline size that are sure to fit now (0 marks this end as waiting for room, see `Poller`)."""
+        """Messages of any inline size that are sure to fit now (0 marks this end as waiting for room, see
+        `Poller`)."""
     def arm_recv(self) -> bool:
-        """Ask for the eventfd `recv_fd` to be rung by the next message. False: there is something now, do not wait."""
+        """Ask for the eventfd `recv_fd` to be rung by the next message. False: there is something now, do not
+        wait."""
     def arm_send(self) -> bool:
         """The same for room to send, on the same eventfd."""
     def fileno(self) -> int:
@@ -138,6 +144,10 @@ class ChannelControl:
         """Write the state word (open, paused, moved, revoked, gone, faulted) and wake both ends."""
     @property
     def state(self) -> str: ...
+    def longest_wait(self) -> int:
+        """ns that the client's end waited for a message at the longest since `clear_longest_wait`; 0: never
+        for long."""
+    def clear_longest_wait(self) -> None: ...
     def depth(self) -> tuple[int, int]:
         """Descriptors waiting (to the server, to the client), as the indices claim; -1 when they are absurd."""
     def close(self) -> None: ...
@@ -161,7 +171,8 @@ class Poller:
         pool memory after a send that did not fit, whatever messages wait meanwhile. Adding again changes `room`."""
     def remove(self, endpoint: Endpoint) -> None: ...
     def wait(self, timeout: float | None = None, wait: int = ADAPTIVE) -> bool:
-        """True when some endpoint may have work or changed state, or after `wake()`; False when the timeout passed."""
+        """True when some endpoint may have work or changed state, or after `wake()`; False when the timeout
+        passed."""
     def wake(self) -> None:
         """End the current or the next wait, from any thread."""
     def close(self) -> None: ...
@@ -178,28 +189,206 @@ class StatsPage:
         """Publish a record of a Python engine, stamping the heartbeat (CLOCK_MONOTONIC ns)."""
     def close(self) -> None: ...
 
+ObjectSpec = tuple[str, str, int, int, int, str]
+"""kind (table, slab, array), name, key bytes (tables only, else 0), item bytes, count, fields (JSON, for
+inspection)."""
+
+class State:
+    """An engine's state segment. Mutations belong to the poll under way until `Ledger.commit` (or `commit`)
+    makes them permanent, all at once; a process that dies before leaves what was there after the last commit.
+    One thread at a time. Opening checks magic, layout, header and directory. Raises StateDamagedError,
+    SchemaError (layout), ResourceError."""
+
+    MIN_BYTES: Final[int]
+    def __new__(cls, fd: int, writable: bool = True) -> Self: ...
+    @staticmethod
+    def blank(fd: int) -> bool:
+        """Nothing was ever written to this segment."""
+    @staticmethod
+    def format(
+        fd: int,
+        engine: str,
+        schema: str,
+        version: int,
+        oldest: int,
+        objects: Sequence[ObjectSpec],
+        log_bytes: int = 1 << 20,
+    ) -> None:
+        """Lay out a blank segment; its size is the descriptor's. Raises StateFullError when the objects do not
+        fit."""
+    @property
+    def header(self) -> dict[str, Any]:
+        """engine, schema, version, oldest, generation, owner, phase, epoch, adoptions, last_poll_ns, first_poll_ns,
+        tracking, used_bytes, size, objects (list of dicts: kind, name, key, item, count, fields, used)."""
+    @property
+    def phase(self) -> str:
+        """blank, building (a migration fills it), serving, retired (its successor is another segment), poisoned."""
+    def set_phase(self, phase: str) -> None: ...
+    def verify(self) -> list[str]:
+        """Check every checksum and link; what is wrong, in words (at most 16). Blocks that change meanwhile
+        are looked at again, so that a segment in use can be verified by another process."""
+    def recover(self) -> int:
+        """Roll back the unfinished poll of a process that died; words undone. Raises StateDamagedError."""
+    def commit(self) -> None:
+        """Make what was written permanent (without channels: tests, tools; engines commit by their `Ledger`)."""
+    def abort(self) -> int:
+        """Take back what was written since the last commit."""
+    def table(self, name: str) -> StateTable: ...
+    def slab(self, name: str) -> StateSlab: ...
+    def array(self, name: str) -> StateArray: ...
+    def save(self, snapshot: bytes) -> None:
+        """Store the engine's snapshot (at most 64 KiB), double-buffered and checksummed; part of the next commit."""
+    def saved(self) -> bytes: ...
+    def track(self, on: bool) -> None:
+        """Ask the engine (in another process) to mark what it changes; it acknowledges at its next poll boundary."""
+    def tracked(self) -> bool:
+        """The engine has acknowledged the last `track`."""
+    def copy_to(self, fd: int) -> int:
+        """Copy the used bytes to another segment of at least that size (a checkpoint); bytes copied."""
+    def close(self) -> None: ...
+
+class StateTable:
+    """Hash table of fixed-size keys and rows. A row keeps its slot for its life; slots are what is marked dirty."""
+
+    key: Final[int]
+    item: Final[int]
+    count: Final[int]
+    slot: Final[int]
+    """Bytes of a slot: 8 (crc32c u32, state u32: 1 is live), key, row, rounded up to 8."""
+    def __len__(self) -> int: ...
+    def get(self, key: bytes) -> bytes | None: ...
+    def put(self, key: bytes, row: bytes) -> None:
+        """Insert or replace. Raises StateFullError."""
+    def delete(self, key: bytes) -> bool: ...
+    def get_packed(self, keys: Buffer, rows: Buffer, found: Buffer) -> int:
+        """For each packed key: its row into `rows`, 1 or 0 into `found` (bytes). How many were found."""
+    def put_packed(self, keys: Buffer, rows: Buffer) -> None: ...
+    def delete_packed(self, keys: Buffer) -> int: ...
+    def slots(self, start: int, out: Buffer) -> int:
+        """Copy slots from `start` on into `out`; how many. Another process may be changing them: check crc and
+        state."""
+    def gather(self, slots: Buffer, out: Buffer) -> None:
+        """Copy the slots whose numbers (u64) are given."""
+    def take_dirty(self) -> bytes:
+        """Numbers (packed u64) of the slots changed since the last call, under tracking."""
+    def view(self) -> memoryview:
+        """All slots, read-only, no copy."""
+
+class StateSlab:
+    """Fixed-size items under stable numbers."""
+
+    item: Final[int]
+    count: Final[int]
+    def __len__(self) -> int: ...
+    def allocate(self) -> int:
+        """The number of a zeroed item. Raises StateFullError."""
+    def free(self, index: int) -> None: ...
+    def read(self, index: int) -> bytes: ...
+    def write(self, index: int, data: bytes, offset: int = 0) -> None: ...
+    def live(self) -> bytes:
+        """Numbers (packed u64) of the items in use."""
+    def take_dirty(self) -> bytes: ...
+    def view(self) -> memoryview: ...
+    def put_at(self, index: int, data: bytes) -> None:
+        """For migrations: make item `index` live with these bytes."""
+
+class StateArray:
+    """`count` items in one piece. `per_block` items share a checksum and a dirty mark."""
+
+    item: Final[int]
+    count: Final[int]
+    per_block: Final[int]
+    def view(self) -> memoryview:
+        """Read-only, no copy."""
+    def read(self, start: int, count: int) -> bytes: ...
+    def write(self, start: int, data: Buffer) -> None:
+        """Write whole items from `start` on. Raises StateFullError when it is more than the undo log holds."""
+    def edit(self, start: int, count: int) -> memoryview:
+        """A writable view of these items, whose old bytes go to the undo log first. Checksums are made at the
+        commit: do not keep the view beyond the poll."""
+    def take_dirty(self) -> bytes:
+        """Numbers (packed u64) of the blocks changed since the last call, under tracking."""
+
+class Ownership:
+    """A SysV semaphore (id `semaphore`, value 1 when free) taken with SEM_UNDO: the OS gives it back however
+    we end."""
+
+    def __new__(cls, semaphore: int) -> Self: ...
+    def acquire(self, timeout: float | None = None) -> bool:
+        """Wait with the GIL released; False when the timeout passed or `cancel` was called. Raises
+        ResourceError when the semaphore was removed."""
+    def release(self) -> None: ...
+    def cancel(self) -> None:
+        """End the wait of another thread within a few milliseconds."""
+    @property
+    def held(self) -> bool: ...
+
+class Ledger:
+    """Ties channels to a state: what was received, what was sent and what was written become permanent together.
+
+    An endpoint that joined sends and gives back nothing before `commit`; a process that dies before that has, for its
+    successor, not received those messages. Positions are kept per gate line in the state segment."""
+
+    def __new__(cls, state: State) -> Self: ...
+    def join(self, line: int, channel: int, endpoint: Endpoint) -> None:
+        """A channel that this process may come to serve; nothing is touched before `take`, or at once after it."""
+    def leave(self, line: int) -> None: ...
+    def take(self, generation: int, source: State | None = None) -> int:
+        """The caller has the ownership: roll back what its predecessor left unfinished (words undone), take
+        every channel over where the last commit left it (of `source` after a migration, which is retired by
+        this), publish again what was committed. Raises StateDamagedError; a channel whose memory was tampered
+        with is faulted, others go on."""
+    def commit(self) -> bool:
+        """End of a poll: everything since the last one becomes permanent, then visible. True when there was
+        anything."""
+    def abort(self) -> int:
+        """Take the poll back: state, messages received, messages sent."""
+    def polled(self) -> None:
+        """A whole poll has passed: the state did not kill its adopter. Acknowledges `State.track`."""
+    def hand_over(self) -> int:
+        """Last commit of a planned hand-over: stamps `last_poll_ns`, returned. Endpoints are idle until the
+        next `take`."""
+
 class Worker:
-    """A native thread that runs one Rust engine (`engine` names it, e.g. "echo")."""
+    """A native thread that runs one Rust engine on a `State` whenever it has the ownership."""
 
     def __new__(
         cls,
         name: str,
         engine: str,
+        state: State,
+        semaphore: int,
+        generation: int,
         stats_fd: int = -1,
         stats_index: int = 0,
         budget: int = 64,
         wait: int = ADAPTIVE,
-    ) -> Self: ...
-    def attach(self, channel: int, endpoint: Endpoint) -> None:
-        """Move a server endpoint (consumed) into the engine through its mailbox."""
+        source: State | None = None,
+    ) -> Self:
+        """Begins to wait for ownership at once. `source`: see `Ledger.take`. semaphore -1: none (tests,
+        benchmarks)."""
+    def attach(self, channel: int, endpoint: Endpoint, line: int) -> None:
+        """Move a server endpoint (consumed) to the engine through its mailbox, waiting or running."""
     def detach(self, channel: int) -> None: ...
-    def take_faults(self) -> list[tuple[int, str]]:
-        """Channels that the engine dropped since the last call, with the reason."""
+    def hand_over(self, retire: bool = False) -> None:
+        """Let go at the next poll boundary, then wait for ownership again, or end."""
+    def take_news(self) -> list[tuple[str, int, Any]]:
+        """Since the last call: ("fault", channel, reason), ("took", first_poll_ns, {"last_poll_ns", "undone"}),
+        ("yielded", last_poll_ns, None), ("refused", 0, (code, message)) for state that cannot be adopted,
+        ("ended", 0, error text or "")."""
     def fileno(self) -> int:
-        """An eventfd that is rung when `take_faults` has news or the engine died."""
+        """An eventfd that is rung when `take_news` has something."""
     @property
     def alive(self) -> bool: ...
     def stop(self, timeout: float = 1.0) -> None: ...
+
+def engine_schema(engine: str) -> tuple[str, int, int, list[ObjectSpec]]:
+    """Schema name, version, oldest readable version and objects of a native engine."""
+
+def engine_convert(
+    engine: str, name: str, from_version: int, to_version: int, old: Buffer, new: Buffer, count: int
+) -> None:
+    """Convert `count` packed rows of the object `name`; `new` is writable. Raises SchemaError, ValueError."""
 
 def engines() -> list[str]: ...
 def install_sigbus_guard() -> None:

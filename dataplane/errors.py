@@ -110,6 +110,37 @@ class ResourceError(SnapError):
     code = "resources"
 
 
+class StateError(SnapError):
+    """Base of what can be wrong with an engine's state segment."""
+
+    code = "state"
+
+
+class StateDamagedError(StateError):
+    """The state fails its checks (magic, checksums, bounds); it is kept for inspection and not adopted."""
+
+    code = "state_damaged"
+
+
+class SchemaError(StateError):
+    """The state is of a schema that this code does not know, or newer than it, or older than it can read."""
+
+    code = "schema"
+
+
+class StateFullError(StateError):
+    """A table, slab or the undo log of one poll has no room left; the poll can be taken back."""
+
+    code = "state_full"
+
+
+class RolledBackError(SnapError):
+    """An upgrade failed; the generation before it serves, and nothing was lost."""
+
+    code = "rolled_back"
+    exit_code = 8
+
+
 class ChannelError(SnapError):
     """Base of what can happen to an established channel."""
 
@@ -150,6 +181,13 @@ class FaultedError(ChannelError):
     """The other end wrote something that fails its checks; the message names what. The channel is closed for good."""
 
     code = "faulted"
+
+
+class StateLostError(ChannelError):
+    """The engine behind the channel had to start without its state: what was under way is lost. Reopen the
+    channel."""
+
+    code = "state_lost"
 
 
 class ReleasedError(ChannelError, ValueError):

@@ -26,13 +26,16 @@ _HINT: Final = "docs/modules.md lists the keys of a manifest"
 
 
 class About(Table, frozen=True):
-    """`state_version` counts the schemas of the engines' state; `entry` is FILE:CLASS of a `Module` subclass."""
+    """`state_version` counts the schemas of the engines' state; `entry` is FILE:CLASS of a `Module` subclass.
+    `standby`: a second process of the module waits, everything loaded, to take over the moment that the first
+    dies."""
 
     name: Name
     version: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
     description: Annotated[str, msgspec.Meta(max_length=400)] = ""
     state_version: Annotated[int, msgspec.Meta(ge=1)] = 1
     entry: str | None = None
+    standby: bool = False
 
 
 class Provided(Table, frozen=True):
@@ -44,11 +47,19 @@ class Required(Table, frozen=True):
 
 
 class EngineTable(Table, frozen=True):
-    """`class_` is `native:NAME` for a Rust engine, else FILE:CLASS in the package; `budget` is messages per poll."""
+    """`class_` is `native:NAME` for a Rust engine, else FILE:CLASS in the package; `budget` is messages per poll.
+    `state` is the most that its tables may take (memory is taken when it is written to); `checkpoint`: seconds
+    between two copies of the state, to fall back to when it turns out to be poison."""
 
     class_: str = msgspec.field(name="class")
     wait: Literal["spin", "adaptive", "blocking"] = "adaptive"
     budget: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 64
+    state: Size = "16MiB"
+    checkpoint: Annotated[float, msgspec.Meta(gt=0)] | None = None
+
+    @property
+    def state_bytes(self) -> int:
+        return tomlfile.size_bytes(self.state)
 
     @property
     def native(self) -> str | None:

@@ -24,7 +24,7 @@ PROTOCOL_VERSION: Final = 1
 MAX_MESSAGE: Final = 64 * 1024
 MAX_REQUEST: Final = 4 * 1024
 MAX_CONTROL: Final = 16 * 1024 * 1024
-MAX_FDS: Final = 16
+MAX_FDS: Final = 64
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag=True, forbid_unknown_fields=True):
@@ -162,12 +162,41 @@ class Failure(Message, frozen=True):
 
 
 class Configure(Message, frozen=True):
-    """First order to a fresh module process. `manifest` is the parsed module.toml. fds: gate, stats."""
+    """First order to a fresh module process. `manifest` is the parsed module.toml. fds: gate, stats, then one
+    for each name in `kept` (what an earlier generation gave the kernel to keep). Answered by `Loaded`, in time."""
 
     name: str
     generation: int
     manifest: dict[str, Any]
     path: str
+    kept: list[str] = []
+
+
+class Prepare(Message, frozen=True):
+    """Make `engine` ready to run on the state in fds[0], a segment that is either blank (format it), or of the
+    engine's schema version (adopt it), or blank with fds[1], a segment of another version, to migrate from.
+    Then wait for ownership: the SysV semaphore `semaphore` (an id). Answered by `Progress`..., then `Prepared`
+    or `Refused`; `Took` follows when the semaphore was got. Sent again to a generation that waits, it replaces
+    what it waits with."""
+
+    engine: str
+    semaphore: int
+
+
+class Yield(Message, frozen=True):
+    """Let `engine` go at its next poll boundary: last commit, snapshot, release the semaphore, wait for it
+    again unless `retire` (then the engine ends in this process). Answered by `Yielded`."""
+
+    engine: str
+    retire: bool = False
+
+
+class Check(Message, frozen=True):
+    """How does the module find itself? Answered by `Health`."""
+
+
+class Report(Message, frozen=True):
+    """A kernel that took over asks for all that this process holds. Answered by `Holding`."""
 
 
 class Attach(Message, frozen=True):
@@ -208,8 +237,89 @@ class Started(Message, frozen=True):
     pid: int
 
 
+class StateSchema(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an engine's code says of its state: `version` is written, `oldest` the oldest that it can migrate from."""
+
+    name: str
+    version: int
+    oldest: int
+
+
+class Loaded(Message, frozen=True):
+    """Imported, engines built, nothing polls: `Attach` and `Prepare` may come. Schemas by engine."""
+
+    schemas: dict[str, StateSchema]
+
+
+class Progress(Message, frozen=True):
+    """Of a preparation: `stage` is format, verify, map, convert (rounds of a migration) or restore; in items."""
+
+    engine: str
+    stage: str
+    done: int
+    total: int
+    round: int = 0
+
+
+class Prepared(Message, frozen=True):
+    """`engine` waits for ownership. `migrated` items were converted in `rounds`; `left` were dirty at the last
+    look."""
+
+    engine: str
+    migrated: int = 0
+    rounds: int = 0
+    left: int = 0
+
+
+class Refused(Message, frozen=True):
+    """The state given to `engine` cannot be adopted: `code` is state_damaged, schema, or of another error."""
+
+    engine: str
+    code: str
+    message: str
+
+
+class Took(Message, frozen=True):
+    """`engine` polls here now. Times are CLOCK_MONOTONIC: the last poll of who had it before (0: nobody), and
+    the first one here. `undone` words of an unfinished poll were rolled back; `converted` items were migrated
+    in the blackout."""
+
+    engine: str
+    last_poll_ns: int
+    first_poll_ns: int
+    undone: int = 0
+    converted: int = 0
+
+
+class Yielded(Message, frozen=True):
+    engine: str
+    last_poll_ns: int
+
+
+class Health(Message, frozen=True):
+    """Empty `reason`: well."""
+
+    reason: str = ""
+
+
+class Holding(Message, frozen=True):
+    """Answer to `Report`. `engines` by name: loading, prepared, running or ended; `channels` by id: generation."""
+
+    name: str
+    generation: int
+    pid: int
+    engines: dict[str, str]
+    channels: dict[int, int]
+
+
+class Keep(Message, frozen=True):
+    """Keep fds[0] as `name` for the generations to come; without a descriptor: forget it."""
+
+    name: str
+
+
 class Serving(Message, frozen=True):
-    """Imported, engines polling: the module is ready."""
+    """Every engine polls here: the module is ready."""
 
     engines: list[str]
 
@@ -264,6 +374,47 @@ class EventView(msgspec.Struct, frozen=True, kw_only=True):
     data: dict[str, Any] = {}
 
 
+class UpgradeEngineView(msgspec.Struct, frozen=True, kw_only=True):
+    """`stage`: waiting, format, verify, map, convert, restore, prepared, flipped or returned. `blackout_ns`
+    from the last poll of one generation to the first of the other; -1 when it has not flipped. `converted`: in
+    the blackout."""
+
+    name: str
+    stage: str = "waiting"
+    done: int = 0
+    total: int = 0
+    rounds: int = 0
+    migrated: int = 0
+    converted: int = 0
+    blackout_ns: int = -1
+
+
+class UpgradeView(msgspec.Struct, frozen=True, kw_only=True):
+    """`kind`: upgrade, rollback, recovery (a crash) or kernel. `phase`: queued, brownout, blackout, bake, done.
+    `outcome`: "" while it runs, committed, rolled_back, or aborted (before any engine moved). `client_gap_ns`:
+    the longest that a client waited for a completion meanwhile, as its own end of the channel measured; -1
+    when none waited. Times in Unix seconds."""
+
+    id: int
+    module: str
+    kind: str
+    phase: str
+    outcome: str
+    reason: str
+    from_version: str
+    to_version: str
+    from_generation: int
+    to_generation: int
+    from_path: str
+    to_path: str
+    started: float
+    finished: float | None = None
+    brownout_seconds: float = 0.0
+    bake_seconds: float = 0.0
+    client_gap_ns: int = -1
+    engines: list[UpgradeEngineView] = []
+
+
 class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     polls: int = 0
@@ -275,7 +426,9 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
 
 class ModuleView(msgspec.Struct, frozen=True, kw_only=True):
     """`state`: stopped, starting, ready, stopping, backoff, failed (crash loop or permanent). Times in Unix seconds.
-    `cause` says in words why it is in that state; `faults`, `restarts` and `generation` are counted apart."""
+    `cause` says in words why it is in that state; `faults`, `restarts` and `generation` are counted apart.
+    `standby`: none (empty), starting, ready. `upgrade`: the id of the one that runs. `state_bytes`: memory
+    that state segments take."""
 
     name: str
     version: str
@@ -293,6 +446,9 @@ class ModuleView(msgspec.Struct, frozen=True, kw_only=True):
     log_tail: list[str] = []
     sandbox: list[dict[str, str]] = []
     memory_bytes: int | None = None
+    standby: str = ""
+    upgrade: int | None = None
+    state_bytes: int = 0
 
 
 class CapView(msgspec.Struct, frozen=True, kw_only=True):
@@ -354,6 +510,15 @@ FromModule = (
     | Delegate
     | Revoke
     | Started
+    | Loaded
+    | Progress
+    | Prepared
+    | Refused
+    | Took
+    | Yielded
+    | Health
+    | Holding
+    | Keep
     | Serving
     | Attached
     | Dropped
@@ -361,7 +526,22 @@ FromModule = (
     | Failure
 )
 ToPrincipal = Welcome | Found | Opened | Ready | Caps | Done | Failure
-ToModule = Configure | Attach | Detach | Stop | Found | Opened | Ready | Caps | Done | Failure
+ToModule = (
+    Configure
+    | Prepare
+    | Yield
+    | Check
+    | Report
+    | Attach
+    | Detach
+    | Stop
+    | Found
+    | Opened
+    | Ready
+    | Caps
+    | Done
+    | Failure
+)
 
 _encoder = msgspec.msgpack.Encoder()
 
