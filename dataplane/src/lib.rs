@@ -27,6 +27,8 @@ mod ringmem;
 #[cfg(not(loom))]
 pub mod segment;
 #[cfg(not(loom))]
+pub mod state;
+#[cfg(not(loom))]
 pub mod stats;
 
 #[cfg(all(feature = "python", not(loom)))]
