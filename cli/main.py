@@ -54,12 +54,23 @@ COMMANDS: Final = {
         "snap.cli.commands.module:module",
         "Modules: list, show, start, stop, restart, logs, new, check.",
     ),
+    "upgrade": (
+        "snap.cli.commands.upgrade:upgrade",
+        "Upgrade a module or the kernel while its clients go on.",
+    ),
+    "rollback": (
+        "snap.cli.commands.rollback:rollback",
+        "Put a module back to the version before.",
+    ),
     "cap": ("snap.cli.commands.cap:cap", "Capabilities: list, inspect, why, grant, revoke."),
     "channel": ("snap.cli.commands.channel:channel", "Channels: list."),
     "events": ("snap.cli.commands.events:events", "Print what happened, and follow what happens."),
     "doctor": ("snap.cli.commands.doctor:doctor", "Tell what this machine allows, and what follows."),
     "bench": ("snap.cli.commands.bench:bench", "Measure Snap beside its peers on this machine."),
-    "demo": ("snap.cli.commands.demo:demo", "Send a directory tree through a module, restart it midway."),
+    "demo": (
+        "snap.cli.commands.demo:demo",
+        "Send a directory tree through a module, and do it all to it midway.",
+    ),
     "version": ("snap.cli.commands.version:version", "Print the versions of snapctl and the kernel."),
     "completion": ("snap.cli.commands.completion:completion", "Print the completion script of a shell."),
 }

@@ -19,17 +19,22 @@ if TYPE_CHECKING:
 
 API_VERSION: Final = "snap/v1"
 # The fields of views that are a point in time, in Unix seconds.
-TIMES: Final = frozenset({"time", "since", "started", "expires"})
+TIMES: Final = frozenset({"time", "since", "started", "finished", "expires"})
+KINDS: Final = {"EventView": "event", "UpgradeView": "operation"}
 COLOURS: Final = {
     "ready": "green",
     "ok": "green",
     "open": "green",
     "allowed": "green",
+    "committed": "green",
     "starting": "yellow",
     "stopping": "yellow",
     "backoff": "yellow",
     "limited": "yellow",
     "paused": "yellow",
+    "running": "yellow",
+    "rolled back": "red",
+    "aborted": "red",
     "failed": "red",
     "unavailable": "red",
     "revoked": "red",
@@ -56,6 +61,18 @@ def age(seconds: float) -> str:
     return " ".join(parts[:2])
 
 
+def span(nanoseconds: float) -> str:
+    """A short time with three digits in the unit that suits it: `142 µs`, `3.20 ms`; a negative one is none: `-`."""
+    if nanoseconds < 0:
+        return "-"
+    value = nanoseconds / 1000
+    for unit in ("µs", "ms"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}" if value >= 100 or value == 0 else f"{value:#.3g} {unit}"
+        value /= 1000
+    return f"{value:.2f} s"
+
+
 def size(count: int | None) -> str:
     """A number of bytes in the largest binary unit that leaves it above one."""
     if count is None:
@@ -74,10 +91,15 @@ def plain(text: str) -> str:
 
 
 def as_data(view: Any) -> Any:
-    """A view as JSON-able data: a time becomes RFC 3339 text, with the same in integer nanoseconds beside it."""
+    """A view as JSON-able data: a time becomes RFC 3339 text, with the same in integer nanoseconds beside it.
+
+    What kind of event or upgrade it is stands under a name of its own, for `kind` is the document's."""
     import msgspec
 
-    return _with_times(msgspec.to_builtins(view))
+    found = _with_times(msgspec.to_builtins(view))
+    if (name := KINDS.get(type(view).__name__)) is not None:
+        found = {name: found.pop("kind"), **found}
+    return found
 
 
 def _with_times(data: Any) -> Any:

@@ -1,32 +1,26 @@
 """snapctl as its users meet it: a process with arguments, two output streams and an exit code.
 
-The kernel's part is played by a ROUTER socket that answers from a script, so that every answer can be had, wrong
-ones too; `test_cli_exit_codes.py` runs the real one.
+The kernel's part is played by a script (`cli_rig.py`); `test_cli_exit_codes.py` runs the real one.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-import zmq
 
 from snap.cli import output
 from snap.cli.commands.logs import fresh
 from snap.cli.main import COMMANDS
 from snap.ipc import protocol
 from snap.ipc.protocol import CapView, ChannelView, EngineView, EventView, KernelView, ModuleView, Response
-
-SNAPCTL = (sys.executable, "-m", "snap.cli")
+from tests.cli_rig import PlayedKernel, complete, data, interrupt, read_lines, snapctl, start
 
 ECHO = ModuleView(
     name="echo",
@@ -103,45 +97,6 @@ KERNEL = KernelView(
     capabilities=3,
     events={"module.ready": 1},
 )
-FAILED = Response(key="", ok=False, code="failed", message="a script without an answer")
-
-
-class PlayedKernel:
-    """Answers requests from `answers`: a result, a `Response`, or a function of the arguments; keeps what was asked."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.answers: dict[str, Any] = {}
-        self.asked: list[protocol.Request] = []
-        self._context = zmq.Context()
-        self._router = self._context.socket(zmq.ROUTER)
-        self._router.bind(f"ipc://{directory}/control.sock")
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        while not self._stop.is_set():
-            if not self._router.poll(50):
-                continue
-            *route, payload = self._router.recv_multipart()
-            request = msgspec.msgpack.decode(payload, type=protocol.Request)
-            self.asked.append(request)
-            answer = self.answers.get(request.op, FAILED)
-            if callable(answer):
-                answer = answer(request.args)
-            if answer is None:
-                continue
-            if not isinstance(answer, Response):
-                answer = Response(key=request.key, ok=True, result=msgspec.to_builtins(answer))
-            answer = msgspec.structs.replace(answer, key=request.key)
-            self._router.send_multipart([*route, msgspec.msgpack.encode(answer)])
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._router.close(0)
-        self._context.term()
 
 
 @pytest.fixture
@@ -153,26 +108,12 @@ def kernel(tmp_path: Path) -> Iterator[PlayedKernel]:
     played.close()
 
 
-def snapctl(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*SNAPCTL, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, **environment},
-        check=False,
-    )
-
-
-def data(done: subprocess.CompletedProcess[str]) -> Any:
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 # -- what it costs, and what it says without a kernel -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["module", "--help"], ["up", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["module", "--help"], ["up", "--help"], ["upgrade", "--help"]]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     script = (
         "import sys\n"
@@ -298,6 +239,15 @@ def test_status_tells_the_story_of_a_broken_module(kernel: PlayedKernel) -> None
         assert words in done.stdout
 
 
+def test_a_standby_the_memory_of_the_state_and_a_running_upgrade_are_shown(kernel: PlayedKernel) -> None:
+    view = msgspec.structs.replace(ECHO, standby="starting", state_bytes=3 << 20, upgrade=12)
+    kernel.answers |= {"kernel.status": msgspec.structs.replace(KERNEL, modules=[view]), "module.show": view}
+    for command in (["status"], ["module", "show", "echo"]):
+        shown = snapctl(*command, "--runtime-dir", kernel.directory).stdout
+        for words in ("starting", "3.0 MiB", "snapctl upgrade show 12 --watch", "generation"):
+            assert words in shown
+
+
 def test_control_characters_of_a_module_do_not_reach_the_terminal(kernel: PlayedKernel) -> None:
     kernel.answers |= {
         "kernel.status": KERNEL,
@@ -411,23 +361,6 @@ def test_a_reader_that_leaves_ends_it_quietly(kernel: PlayedKernel) -> None:
     assert process.wait(30) == 141
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*SNAPCTL, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def read_lines(process: subprocess.Popen[str], count: int) -> list[str]:
-    assert process.stdout is not None
-    return [process.stdout.readline().rstrip("\n") for _ in range(count)]
-
-
-def interrupt(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
-    return process.returncode, out, err.strip()
-
-
 # -- errors -----------------------------------------------------------------------------------------------------
 
 CODES = [
@@ -498,6 +431,12 @@ def test_a_kernel_that_never_answers_is_a_deadline(kernel: PlayedKernel) -> None
         "down --force",
         "module list",
         "module start echo",
+        "upgrade echo",
+        "upgrade --all",
+        "upgrade --kernel",
+        "upgrade history",
+        "upgrade show 1 --watch",
+        "rollback echo",
         "module logs -f echo",
         "cap list",
         "channel list",
@@ -520,17 +459,6 @@ def test_the_script_of_each_shell_calls_back(shell: str) -> None:
     done = snapctl("completion", shell)
     assert done.returncode == 0, done.stderr
     assert f"_SNAPCTL_COMPLETE={shell}_complete" in done.stdout
-
-
-def complete(words: str, directory: Path) -> list[str]:
-    done = snapctl(
-        _SNAPCTL_COMPLETE="bash_complete",
-        COMP_WORDS=f"snapctl {words}",
-        COMP_CWORD=str(len(f"snapctl {words}".split(" ")) - 1),
-        SNAP_RUNTIME_DIR=str(directory),
-    )
-    assert done.stderr == ""
-    return [line.partition(",")[2] for line in done.stdout.splitlines() if line]
 
 
 def test_commands_and_the_kernels_names_are_completed(kernel: PlayedKernel) -> None:

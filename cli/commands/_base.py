@@ -22,11 +22,22 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT: Final = 10.0
 COMPLETION_TIMEOUT: Final = 0.4
+UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 FORMATS: Final = ("table", "json", "name")
 # Ahead of every `python -m` that snapctl executes: -P keeps the working directory out of sys.path.
 PYTHON: Final = (sys.executable, "-P", "-m")
 
 T = TypeVar("T")
+
+
+def duration(text: str) -> float:
+    """Seconds of a time like `30s`, `500ms`, `2m`, `1h` or `1.5`: for click, as the type of an option."""
+    number = text.rstrip("hms")
+    unit = text[len(number) :]
+    # isdecimal, for `float` takes "1e3", "nan" and "inf" as well, which nobody means.
+    if unit not in UNITS or not number.isascii() or not number.replace(".", "", 1).isdecimal():
+        raise click.BadParameter(f"{text!r} is no duration: write it like 30s, 500ms, 2m or 1h.")
+    return float(number) * UNITS[unit]
 
 
 @dataclass
@@ -155,13 +166,20 @@ def call(
     **arguments: Any,
 ) -> T:
     """One request to the kernel, its result as a `view`. Raises what the kernel answers, or UnreachableError."""
+    seconds = settings.seconds(default_timeout)
+    with control(settings, seconds) as client:
+        return ask(client, op, view, seconds, **arguments)
+
+
+def ask(
+    client: ControlClient, op: str, view: type[T], /, seconds: float | None = None, **arguments: Any
+) -> T:
+    """As `call`, over a connection that there is."""
     import msgspec
 
     from snap.ipc import ProtocolError
 
-    seconds = settings.seconds(default_timeout)
-    with control(settings, seconds) as client:
-        result = client.call(op, timeout=seconds, **arguments)
+    result = client.call(op, timeout=seconds, **arguments)
     try:
         return msgspec.convert(result, view)
     except msgspec.ValidationError as error:
@@ -171,7 +189,7 @@ def call(
         ) from error
 
 
-def _complete(context: click.Context, op: str, names: Any, incomplete: str) -> list[CompletionItem]:
+def complete(context: click.Context, op: str, names: Any, incomplete: str) -> list[CompletionItem]:
     """Names for the shell; whatever goes wrong, there are simply none."""
     from click.shell_completion import CompletionItem
 
@@ -185,16 +203,16 @@ def _complete(context: click.Context, op: str, names: Any, incomplete: str) -> l
 
 
 def complete_module(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    return _complete(context, "module.list", lambda row: [row["name"]], incomplete)
+    return complete(context, "module.list", lambda row: [row["name"]], incomplete)
 
 
 def complete_service(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    return _complete(context, "module.list", lambda row: row["provides"], incomplete)
+    return complete(context, "module.list", lambda row: row["provides"], incomplete)
 
 
 def complete_cap(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    return _complete(context, "cap.list", lambda row: [row["id"]], incomplete)
+    return complete(context, "cap.list", lambda row: [row["id"]], incomplete)
 
 
 def complete_owner(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    return _complete(context, "cap.list", lambda row: [row["owner"]], incomplete)
+    return complete(context, "cap.list", lambda row: [row["owner"]], incomplete)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -26,13 +26,13 @@ def events(settings: Settings, follow: bool, since: int, kind: str | None) -> No
     With -o json one object per line when following, else one list.
     """
 
-    from ..output import print_json
+    from ..output import as_data, print_json
 
     wanted = kind or "*"
     if not follow:
         found = _past(settings, since, wanted)
         if settings.output == "json":
-            print_json("EventList", {"items": [_data(event) for event in found]})
+            print_json("EventList", {"items": [as_data(event) for event in found]})
             return
         for event in found:
             _print(settings.output, event)
@@ -54,10 +54,10 @@ def _past(settings: Settings, since: int, wanted: str) -> list[EventView]:
 
 
 def _print(output: str, event: EventView) -> None:
-    from ..output import plain, print_json, rfc3339
+    from ..output import as_data, plain, print_json, rfc3339
 
     if output == "json":
-        print_json("Event", _data(event), one_line=True)
+        print_json("Event", as_data(event), one_line=True)
     elif output == "name":
         click.echo(event.seq)
     else:
@@ -65,11 +65,3 @@ def _print(output: str, event: EventView) -> None:
         click.echo(
             plain(f"{event.seq:>6}  {rfc3339(event.time)}  {event.kind:<20} {event.subject}  {data}".rstrip())
         )
-
-
-def _data(event: EventView) -> dict[str, Any]:
-    """The event as data; what kind of event it is stands in `event`, for `kind` is the document's."""
-    from ..output import as_data
-
-    found: dict[str, Any] = as_data(event)
-    return {"event": found.pop("kind"), **found}

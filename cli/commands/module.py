@@ -84,10 +84,14 @@ def _page(view: ModuleView) -> None:
     field("cause", view.cause or "-")
     field("pid", view.pid or "none")
     field("generation", f"{view.generation}, restarts {view.restarts}, faults {view.faults}")
+    if view.upgrade is not None:
+        field("upgrade", f"{view.upgrade} is under way: `snapctl upgrade show {view.upgrade} --watch`")
+    field("standby", view.standby or "none")
     field("path", view.path)
     field("provides", ", ".join(view.provides) or "-")
     field("requires", ", ".join(view.requires) or "-")
     field("memory", size(view.memory_bytes))
+    field("state memory", size(view.state_bytes))
     if view.engines:
         click.echo("\nengines")
         print_table(

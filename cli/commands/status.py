@@ -47,7 +47,7 @@ def _page(kernel: KernelView) -> None:
 
 
 def _module(module: ModuleView) -> None:
-    from ..output import age, plain, state
+    from ..output import age, plain, size, state
 
     click.echo(
         f"{module.name} {plain(module.version)}: {state(module.state)} for {age(time.time() - module.since)}"
@@ -55,7 +55,16 @@ def _module(module: ModuleView) -> None:
     if module.cause:
         click.echo(f"  cause: {plain(module.cause)}")
     pid = "no process" if module.pid is None else f"pid {module.pid}"
-    click.echo(f"  {pid}, generation {module.generation}, restarts {module.restarts}, faults {module.faults}")
+    click.echo(
+        f"  {pid}, generation {module.generation}, restarts {module.restarts}, faults {module.faults}, "
+        f"state {size(module.state_bytes)}"
+    )
+    if module.standby:
+        click.echo(f"  standby: {state(module.standby)}")
+    if module.upgrade is not None:
+        click.echo(
+            f"  upgrade {module.upgrade} is under way: `snapctl upgrade show {module.upgrade} --watch`"
+        )
     for engine in module.engines:
         beat = "none yet" if engine.heartbeat_age_ns < 0 else f"{engine.heartbeat_age_ns / 1e6:.1f} ms ago"
         click.echo(
