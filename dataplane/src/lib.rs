@@ -1,7 +1,8 @@
 //! The hot path of Snap: segments, rings, doorbells, channels, and the engine runtime.
 //!
 //! `ring` knows only atomics and a `Memory`, so that loom can check it; `channel` puts it on shared memory; `engine`
-//! runs native engines; `py` is the Python face. `unsafe` lives in `segment`, `ringmem`, `py::buffer` and `py::fast`.
+//! runs native engines; `py` is the Python face. `unsafe` lives in `segment`, `ringmem`, `py::buffer`, `py::view` and
+//! `py::fast`.
 
 pub mod error;
 pub mod layout;

@@ -8,6 +8,8 @@ mod half;
 mod kernel;
 mod measure;
 mod runtime;
+mod state;
+mod view;
 mod waiting;
 
 use pyo3::prelude::*;
@@ -56,6 +58,10 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<kernel::ChannelControl>()?;
     module.add_class::<kernel::Gate>()?;
     module.add_class::<kernel::StatsPage>()?;
+    module.add_class::<state::State>()?;
+    module.add_class::<state::StateTable>()?;
+    module.add_class::<state::StateSlab>()?;
+    module.add_class::<state::StateArray>()?;
     module.add_class::<runtime::Poller>()?;
     module.add_class::<runtime::Worker>()?;
     module.add_function(wrap_pyfunction!(ring_bytes, module)?)?;

@@ -166,6 +166,18 @@ impl Frame {
         }
     }
 
+    /// High-water mark of an object: slots, items; never more than it has.
+    pub fn used(&self, object: &Object) -> usize {
+        (self.load(object.meta + layout::META_USED) as usize).min(object.spec.count)
+    }
+
+    /// Bytes that are in use, of header, log and objects.
+    pub fn used_bytes(&self) -> usize {
+        let unit = |object: &Object| if object.spec.kind == Kind::Table { object.stride } else { object.spec.item };
+        let objects = self.objects.iter().map(|object| object.data - object.meta + self.used(object) * unit(object));
+        layout::OFF_LOG + self.header.log_bytes + objects.sum::<usize>()
+    }
+
     pub fn get(&self, word: Word) -> u64 {
         self.load(word as usize)
     }

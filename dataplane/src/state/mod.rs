@@ -8,19 +8,31 @@
 //! program order is all that recovery needs, and compiler fences are enough to keep it. Bytes are hostile: geometry
 //! is read once, checked, and kept in private memory; everything else is checked where it is used.
 
+mod array;
+mod copy;
 mod frame;
 #[cfg(test)]
 mod fuse;
 mod layout;
 mod segment;
+mod slab;
+mod snapshot;
+mod table;
+mod verify;
 
 use thiserror::Error;
 
+pub use array::Array;
+pub use copy::copy_to;
 pub use frame::{Frame, Header, Phase, Word};
 pub use layout::{
     Kind, Object, ObjectSpec, Schema, CURSOR_LINES, CURSOR_WORDS, LAYOUT, LOG_BYTES, MAGIC, MAX_OBJECTS, MIN_BYTES,
 };
 pub use segment::{Segment, Shared};
+pub use slab::Slab;
+pub use snapshot::{save, saved};
+pub use table::Table;
+pub use verify::verify;
 
 #[derive(Debug, Error)]
 pub enum StateError {

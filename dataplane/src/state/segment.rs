@@ -3,7 +3,7 @@
 //! The log is an append-only run of records `old bytes, padded to 8 | offset u64 | length u32 | crc u32`, read from its
 //! end. It counts while its stamp is the committed epoch + 1, so the one store of the epoch empties it.
 
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{compiler_fence, Ordering};
 use std::sync::{Arc, Mutex};
@@ -28,6 +28,10 @@ pub struct Segment {
     counters_logged: Vec<u64>,
     /// Units whose checksums are made at the commit: object, number.
     unsummed: Vec<(u32, u32)>,
+    /// Where each slab is searched first.
+    pub(super) hints: Vec<usize>,
+    /// A slot is put together here before it is written.
+    pub(super) assembly: Vec<u8>,
     tracking: u64,
     scratch: Box<[u8; CHUNK]>,
 }
@@ -48,14 +52,16 @@ impl Segment {
 
     pub fn new(frame: Arc<Frame>) -> Segment {
         let tracking = frame.get(Word::Tracking);
-        let counters_logged = vec![0; frame.objects().len()];
+        let objects = frame.objects().len();
         Segment {
             frame,
             logging: false,
             log_len: 0,
             poll: 1,
-            counters_logged,
+            counters_logged: vec![0; objects],
             unsummed: Vec::new(),
+            hints: vec![0; objects],
+            assembly: Vec::new(),
             tracking,
             scratch: Box::new([0; CHUNK]),
         }
@@ -78,12 +84,7 @@ impl Segment {
             self.begin()?;
         }
         let body = len.next_multiple_of(8);
-        if body + FOOTER > self.frame.header().log_bytes - self.log_len {
-            return full(format!(
-                "one poll overwrites more than the undo log of {} bytes holds",
-                self.frame.header().log_bytes
-            ));
-        }
+        self.reserve(1, body)?;
         let start = OFF_LOG + self.log_len;
         let mut crc = record_crc(self.frame.stamp(), offset, len);
         let mut done = 0;
@@ -98,6 +99,18 @@ impl Segment {
         self.frame.store(start + body + 8, len as u64 | u64::from(crc) << 32);
         self.log_len += body + FOOTER;
         self.frame.store(Word::LogLen as usize, self.log_len as u64);
+        Ok(())
+    }
+
+    /// Make sure that `records` records of `bytes` bytes (each rounded up to 8) still fit in the log, so that an
+    /// operation of several writes is done whole or not at all. Raises `Full`.
+    pub(super) fn reserve(&self, records: usize, bytes: usize) -> Result<()> {
+        let used = if self.logging { self.log_len } else { 0 };
+        let needed = (records * FOOTER).saturating_add(bytes);
+        let log_bytes = self.frame.header().log_bytes;
+        if needed > log_bytes - used {
+            return full(format!("one poll overwrites more than the undo log of {log_bytes} bytes holds"));
+        }
         Ok(())
     }
 
@@ -124,7 +137,7 @@ impl Segment {
         Ok(())
     }
 
-    /// Have the checksum of a unit made at the commit; logs the one that it has.
+    /// Have the checksum of a unit made, and its mark set, at the commit; logs the checksum that it has.
     pub(super) fn unsum(&mut self, object: &Object, unit: usize) -> Result<()> {
         let entry = (object.id as u32, unit as u32);
         if self.unsummed.last() != Some(&entry) {
@@ -199,6 +212,9 @@ impl Segment {
 
     fn begin(&mut self) -> Result<()> {
         self.frame.check_writable()?;
+        if self.frame.mapping().shrunk() {
+            return damaged("the segment was shrunk under its user");
+        }
         self.frame.store(Word::LogLen as usize, 0);
         self.frame.store(Word::LogStamp as usize, self.frame.stamp());
         self.log_len = 0;
@@ -222,28 +238,25 @@ impl Segment {
             let object = &self.frame.objects()[id as usize];
             let crc = unit_crc(&self.frame, object, unit as usize, &mut self.scratch[..]);
             self.frame.put(object.crc + unit as usize * 4, &crc.to_le_bytes());
+            self.changed_unit(object, unit as usize);
         }
     }
 }
 
-/// The checksum word of a slab's item or an array's block: zero for zeroes, so that memory never touched has it.
+/// The checksum word of a slab's item or an array's block: a CRC-32C that begins with zero instead of ones, so that
+/// memory never touched has the checksum zero.
 pub(super) fn unit_crc(frame: &Frame, object: &Object, unit: usize, scratch: &mut [u8]) -> u32 {
-    let len = object.unit_len(unit);
-    let start = object.data + unit * object.stride;
-    let (mut crc, mut zero) = (0, 0);
+    let (start, len) = (object.data + unit * object.stride, object.unit_len(unit));
+    let mut crc = !0;
     let mut done = 0;
     while done < len {
         let take = scratch.len().min(len - done);
-        let chunk = &mut scratch[..take];
-        frame.mapping().read(start + done, chunk);
-        crc = crc32c::crc32c_append(crc, chunk);
-        zero = crc32c::crc32c_append(zero, &ZEROES[..take]);
+        frame.mapping().read(start + done, &mut scratch[..take]);
+        crc = crc32c::crc32c_append(crc, &scratch[..take]);
         done += take;
     }
-    crc ^ zero
+    !crc
 }
-
-static ZEROES: [u8; CHUNK] = [0; CHUNK];
 
 /// One checked record of the undo log.
 pub(super) struct Record {
@@ -319,21 +332,28 @@ fn loggable(frame: &Frame, offset: usize, len: usize) -> bool {
             || (offset >= OFF_SNAPSHOTS && end <= OFF_SNAPSHOTS + 2 * SNAPSHOT))
 }
 
-/// Mark every unit whose bytes, liveness or checksum lie in a range that was undone.
+/// Mark every unit that a range which was undone concerns.
 fn mark_range(frame: &Frame, offset: usize, len: usize) {
-    let Some(object) = frame.objects().iter().rev().find(|object| object.meta <= offset) else { return };
-    let mark = |start: usize, unit_bits: usize, scale: usize| {
-        let first = (offset - start) * scale / unit_bits;
-        let last = (offset - start + len).saturating_mul(scale).div_ceil(unit_bits).min(object.units);
-        for unit in first..last {
+    if let Some((object, units)) = units_in(frame, offset, len) {
+        for unit in units {
             frame.mark(object, unit);
         }
-    };
-    if offset >= object.data {
-        mark(object.data, object.stride, 1);
-    } else if offset >= object.crc && object.spec.kind != Kind::Table {
-        mark(object.crc, 4, 1);
-    } else if offset >= object.index && object.spec.kind == Kind::Slab {
-        mark(object.index, 1, 8);
     }
+}
+
+/// The units whose bytes, liveness or checksum lie in a logged range, which never crosses from one object to another.
+pub(super) fn units_in(frame: &Frame, offset: usize, len: usize) -> Option<(&Arc<Object>, Range<usize>)> {
+    let object = frame.objects().iter().rev().find(|object| object.meta <= offset)?;
+    let (start, unit, scale) = if offset >= object.data {
+        (object.data, object.stride, 1)
+    } else if offset >= object.crc && object.spec.kind != Kind::Table {
+        (object.crc, 4, 1)
+    } else if offset >= object.index && object.spec.kind == Kind::Slab {
+        (object.index, 1, 8)
+    } else {
+        return None;
+    };
+    let first = (offset - start) * scale / unit;
+    let last = ((offset - start + len) * scale).div_ceil(unit).min(object.units);
+    Some((object, first..last))
 }
