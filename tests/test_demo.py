@@ -21,7 +21,7 @@ COMMAND = [sys.executable, "-P", "-m", "snap.cli", "demo"]
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """About 20 MB: more than the window, so that the interruption finds chunks on their way."""
+    """About 20 MB, and what trees have besides files."""
     chance = random.Random(11)
     root = tmp_path / "tree"
     for number in range(60):
@@ -58,40 +58,48 @@ def result(scratch: Path, *arguments: object) -> dict[str, Any]:
     return document
 
 
-@pytest.mark.parametrize("restart", ["graceful", "kill"])
-def test_a_tree_arrives_whole_though_the_module_is_interrupted_half_way(
-    restart: str, tree: Path, tmp_path: Path
-) -> None:
-    seen = result(tmp_path / "tmp", "--path", tree, "--restart", restart, "--window", 16)
-    assert (seen["files"], seen["verified"], seen["restart"]) == (61, 61, restart)
+EVENTS = ["upgrade", "kill", "kernel", "rollback"]
+
+
+def test_a_tree_arrives_whole_whatever_happens_to_the_module_meanwhile(tree: Path, tmp_path: Path) -> None:
+    seen = result(tmp_path / "tmp", "--path", tree)
+    assert (seen["files"], seen["verified"], seen["lost"], seen["duplicated"]) == (61, 61, 0, 0)
     assert seen["bytes"] == sum(
         path.stat().st_size for path in tree.rglob("*") if not path.is_symlink() and path.is_file()
     )
-    assert seen["gap_seconds"] > 0
+    assert seen["stream_bytes"] == seen["laps"] * seen["bytes"]
+    assert [one["event"] for one in seen["events"]] == EVENTS
+    upgrade, kill, kernel, rollback = seen["events"]
+    assert upgrade["engine_ns"] > 0 and rollback["engine_ns"] > 0
+    assert kill["engine_ns"] <= kill["gap_ns"] or kill["engine_ns"] > 0
+    assert kernel["engine_ns"] is None
+    assert all(one["bytes_per_second"] > 0 and one["gap_ns"] > 0 for one in (seen["quiet"], *seen["events"]))
     assert seen["skipped"] == {"symbolic links": 1}
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_round_trips_are_measured_beside_both_peers(tree: Path, tmp_path: Path) -> None:
-    seen = result(tmp_path / "tmp", "--path", tree, "--restart", "none")
+    seen = result(tmp_path / "tmp", "--path", tree, "--events", "none")
     ways = [trip["way"] for trip in seen["round_trips"]]
     assert ways == ["Snap, spinning", "Snap, blocking", "Unix socket", "ZeroMQ"]
     assert all(0 < trip["p50"] <= trip["p99"] <= trip["p999"] for trip in seen["round_trips"])
-    assert (seen["gap_seconds"], seen["resent_chunks"], seen["duplicates_dropped"]) == (None, 0, 0)
+    assert (seen["laps"], seen["events"]) == (1, [])
 
 
 def test_an_empty_tree_is_sent_too(tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
-    assert result(tmp_path / "tmp", "--path", tmp_path / "tree")["files"] == 0
+    assert result(tmp_path / "tmp", "--path", tmp_path / "tree", "--events", "upgrade")["files"] == 0
 
 
-def test_the_table_tells_files_checksums_and_the_gap(tree: Path, tmp_path: Path) -> None:
-    code, out, err = run(tmp_path / "tmp", "--path", tree)
+def test_the_table_tells_files_checksums_and_the_gaps(tree: Path, tmp_path: Path) -> None:
+    code, out, err = run(tmp_path / "tmp", "--path", tree, "--events", "kernel")
     assert code == 0, err
     for words in (
-        "61 of 61 equal (SHA-256)",
-        "graceful: ",
-        "ms without a delivery",
+        "61 of 61 files and the stream equal (SHA-256)",
+        "0 lost, 0 duplicated",
+        "SIGKILL of the kernel",
+        "the same modules run on",
+        "longest gap",
         "p99.9",
         "ZeroMQ",
         "1 symbolic links",
@@ -100,7 +108,7 @@ def test_the_table_tells_files_checksums_and_the_gap(tree: Path, tmp_path: Path)
 
 
 def test_kept_files_are_the_tree_as_it_was_sent(tree: Path, tmp_path: Path) -> None:
-    result(tmp_path / "tmp", "--path", tree, "--keep")
+    result(tmp_path / "tmp", "--path", tree, "--keep", "--events", "none")
     (folder,) = (tmp_path / "tmp").iterdir()
     assert (folder / "run" / paths.KERNEL_LOG).exists()
     for path in tree.rglob("file*"):
@@ -108,21 +116,40 @@ def test_kept_files_are_the_tree_as_it_was_sent(tree: Path, tmp_path: Path) -> N
             assert (folder / "written" / path.relative_to(tree)).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_demo_leaves_neither_process_nor_file(number: int, tree: Path, tmp_path: Path) -> None:
+MOMENTS = ["sending", "upgrade in place", "SIGKILL of the module", "SIGKILL of the kernel", "rollback"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_an_interrupted_demo_leaves_neither_process_nor_file(moment: str, tree: Path, tmp_path: Path) -> None:
     scratch = tmp_path / "tmp"
     child = start(scratch, "--path", tree)
-    deadline = time.monotonic() + 60
-    while not list(scratch.glob("snap-demo-*/written")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    assert child.stderr is not None
+    while (line := child.stderr.readline()) and line.strip() != moment:
+        pass
+    assert line, "it ended before that moment"
     family = descendants(child.pid)
-    child.send_signal(number)
+    child.send_signal(signal.SIGINT if moment != "sending" else signal.SIGTERM)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 130, err
     assert "Traceback" not in err
     assert list(scratch.iterdir()) == []
     assert len(family) >= 2, "the kernel and its modules were not running yet"
     assert [pid for pid in family if runs(pid)] == []
+
+
+def test_ctrl_c_at_any_moment_leaves_nothing(tree: Path, tmp_path: Path) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    for number in range(4):
+        scratch = tmp_path / f"tmp{number}"
+        child = start(scratch, "--path", tree)
+        time.sleep(chance.uniform(0.3, 8.0))
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+        assert child.returncode in (0, 130), err
+        assert "Traceback" not in err
+        assert list(scratch.iterdir()) == []
 
 
 def runs(pid: int) -> bool:
@@ -146,3 +173,9 @@ def test_a_path_that_is_no_folder_is_wrong_usage(tmp_path: Path) -> None:
     code, out, err = run(tmp_path / "tmp", "--path", tmp_path / "nowhere")
     assert (code, out) == (2, "")
     assert "does not exist" in err
+
+
+def test_events_that_cannot_be_are_wrong_usage(tmp_path: Path) -> None:
+    code, out, err = run(tmp_path / "tmp", "--events", "rollback")
+    assert (code, out) == (2, "")
+    assert "nothing to roll back to" in err

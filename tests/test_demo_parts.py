@@ -1,4 +1,4 @@
-"""The demo's decisions, without a kernel: what is planned, which chunk goes next, what the writer accepts."""
+"""The demo's decisions, without a kernel: what is planned, what the writer accepts, whose a gap is."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import os
 import random
 from pathlib import Path
 
+import click
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+import snap.modules
+from snap.cli.commands.demo import parse_events, stretches
 from snap.cli.demo import frames
+from snap.cli.demo.gaps import Timeline
 from snap.cli.demo.plan import CHUNK_BYTES, Chunk, Plan, scan
+from snap.cli.demo.script import Happened, write_newer
 from snap.cli.demo.verify import differences
-from snap.cli.demo.window import Window
 from snap.cli.demo.writer import Assembler
+from snap.ipc import manifest
 
 
 def frame(seq: int, flags: int, data: bytes = b"", name: bytes = b"") -> frames.Frame:
@@ -42,7 +45,7 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
-def test_a_plan_numbers_every_chunk_of_every_file_and_ends_with_end(tree: Path) -> None:
+def test_a_plan_has_every_chunk_of_every_file_and_one_that_carries_nothing(tree: Path) -> None:
     plan = scan(tree)
     assert plan.files == [b"empty", b"exact", b"deep/large", b"deep/er/odd \xff\n name"]
     assert plan.bytes == 4 * CHUNK_BYTES + 8
@@ -54,7 +57,7 @@ def test_a_plan_numbers_every_chunk_of_every_file_and_ends_with_end(tree: Path) 
         (2, CHUNK_BYTES, 0),
         (2, 5, frames.LAST),
         (3, 3, frames.FIRST | frames.LAST),
-        (-1, 0, frames.END),
+        (-1, 0, 0),
     ]
 
 
@@ -85,21 +88,33 @@ def test_a_root_that_is_no_folder_is_an_error(tree: Path) -> None:
 def test_the_writer_rebuilds_the_tree_from_its_frames(tree: Path, tmp_path: Path) -> None:
     plan = scan(tree)
     assembler = Assembler(tmp_path / "out")
-    assert all(assembler.accept(carry(plan, number)) for number in range(len(plan.chunks)))
-    assert (assembler.files, assembler.bytes) == (4, plan.bytes)
+    for number in range(len(plan.chunks)):
+        assembler.accept(carry(plan, number))
+    assert (assembler.files, assembler.lost, assembler.duplicated) == (4, 0, 0)
     for name in map(os.fsdecode, plan.files):
         assert (tmp_path / "out" / name).read_bytes() == (tree / name).read_bytes()
 
 
-def test_the_writer_takes_each_number_once_and_none_too_early(tmp_path: Path) -> None:
+def test_the_writer_takes_each_number_once_and_counts_what_is_lost_or_comes_twice(tmp_path: Path) -> None:
     assembler = Assembler(tmp_path)
     both = frames.FIRST | frames.LAST
-    assert not assembler.accept(frame(1, both, b"early", b"b"))
-    assert assembler.accept(frame(0, both, b"first", b"a"))
-    assert not assembler.accept(frame(0, both, b"again", b"a"))
-    assert (assembler.expected, assembler.duplicates) == (1, 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assembler.accept(frame(0, both, b"first", b"a"))
+    assembler.accept(frame(0, both, b"again", b"a"))
+    assert (assembler.expected, assembler.duplicated, assembler.lost) == (1, 1, 0)
+    assembler.accept(frame(4, both, b"late", b"b"))
+    assert (assembler.expected, assembler.duplicated, assembler.lost) == (5, 1, 3)
     assert (tmp_path / "a").read_bytes() == b"first"
+    assert not assembler.ended
+    assembler.accept(frame(5, frames.END))
+    assert assembler.ended
+
+
+def test_a_second_lap_overwrites_the_first_and_nothing_of_it_stays(tmp_path: Path) -> None:
+    assembler = Assembler(tmp_path)
+    assembler.accept(frame(0, frames.FIRST, b"a long beginning", b"a"))
+    assembler.accept(frame(1, frames.FIRST | frames.LAST, b"short", b"a"))
+    assert (tmp_path / "a").read_bytes() == b"short"
+    assert assembler.files == 1
 
 
 @pytest.mark.parametrize("name", [b"/etc/passwd", b"../up", b"a/../../up"])
@@ -116,64 +131,39 @@ def test_a_frame_that_no_sender_makes_is_refused(data: bytes) -> None:
         frames.parse(memoryview(data))
 
 
-def test_a_window_sends_no_more_than_its_size_ahead() -> None:
-    window = Window(total=10, size=3)
-    assert [window.take() for _ in range(4)] == [0, 1, 2, None]
-    window.acknowledge(2)
-    assert [window.take() for _ in range(3)] == [3, 4, None]
+# -- gaps -------------------------------------------------------------------------------------------------------
 
 
-def test_a_window_sends_again_only_what_is_not_acknowledged_and_counts_it() -> None:
-    window = Window(total=10, size=4)
-    sent = [window.take() for _ in range(4)]
-    window.acknowledge(2)
-    window.rewind()
-    sent += [window.take() for _ in range(4)]
-    assert sent == [0, 1, 2, 3, 2, 3, 4, 5]
-    assert window.resent == 2
+def timeline(*what: int | str | tuple[int, str]) -> dict[str, tuple[int, int, int]]:
+    """Deliveries of one byte at these times, and marks (time, name): gap, bytes and length of each period."""
+    line = Timeline()
+    for one in what:
+        if isinstance(one, tuple):
+            line.mark(*one)
+        else:
+            line.deliver(int(one), 1)
+    return {p.name: (p.gap_ns, p.bytes, p.end_ns - p.begin_ns) for p in line.periods}
 
 
-def test_a_window_holds_back_its_end_until_it_is_freed() -> None:
-    window = Window(total=4, size=10, hold=3)
-    assert [window.take() for _ in range(4)] == [0, 1, 2, None]
-    window.free()
-    assert [window.take() for _ in range(2)] == [3, None]
-    window.acknowledge(4)
-    assert window.done
+def test_each_period_has_its_longest_gap_its_bytes_and_its_length() -> None:
+    assert timeline((0, "a"), 10, 12, 19, (20, "b"), 21, 24, 29) == {"a": (7, 3, 20), "b": (5, 3, 9)}
 
 
-def test_a_window_refuses_an_acknowledgement_of_what_was_never_sent() -> None:
-    window = Window(total=4, size=10)
-    window.take()
-    with pytest.raises(ValueError, match="acknowledgement of 2"):
-        window.acknowledge(2)
+def test_a_gap_belongs_to_the_period_that_most_of_it_lies_in() -> None:
+    assert timeline((0, "quiet"), 9, (10, "kill"), 50) == {"quiet": (0, 1, 10), "kill": (41, 1, 40)}
+    assert timeline((0, "kill"), 10, (50, "quiet"), 51) == {"kill": (41, 1, 50), "quiet": (0, 1, 1)}
 
 
-@given(st.integers(0, 40), st.integers(1, 9), st.randoms(use_true_random=False))
-def test_every_number_arrives_once_and_in_order_over_a_way_that_loses_everything_now_and_then(
-    total: int, size: int, chance: random.Random
-) -> None:
-    window = Window(total, size)
-    way: list[int] = []
-    arrived: list[int] = []
-    while not window.done:
-        number = window.take()
-        if number is not None:
-            way.append(number)
-        if chance.random() < 0.1:
-            way.clear()
-            window.rewind()
-        while way and chance.random() < 0.5:
-            first = way.pop(0)
-            if first == len(arrived):
-                arrived.append(first)
-        if chance.random() < 0.5:
-            window.acknowledge(len(arrived))
-    assert arrived == list(range(total))
+def test_a_mark_that_is_heard_of_late_still_counts_from_its_own_time() -> None:
+    assert timeline((0, "quiet"), 9, 40, (10, "kill"), 50)["kill"] == (10, 1, 40)
 
 
-def test_a_plan_of_nothing_still_ends(tmp_path: Path) -> None:
-    assert scan(tmp_path).chunks == [Chunk(-1, 0, 0, frames.END)]
+def test_what_comes_before_the_first_mark_belongs_to_none() -> None:
+    assert timeline(1, 5, (6, "a"), 8) == {"a": (3, 1, 2)}
+
+
+def test_a_plan_of_nothing_has_something_to_send(tmp_path: Path) -> None:
+    assert scan(tmp_path).chunks == [Chunk(-1, 0, 0, 0)]
 
 
 def test_verification_names_what_differs_is_missing_or_was_never_sent(tree: Path, tmp_path: Path) -> None:
@@ -193,3 +183,44 @@ def test_verification_names_what_differs_is_missing_or_was_never_sent(tree: Path
         "exact: checksums differ",
         "deep/more: was never sent",
     ]
+
+
+def test_the_newer_relay_is_a_whole_module_of_another_version(tmp_path: Path) -> None:
+    newer = manifest.load(write_newer(tmp_path))
+    shipped = manifest.load(Path(snap.modules.__path__[0]) / "relay")
+    assert newer.module.version != shipped.module.version
+    assert newer.to_builtins() | {"module": None} == shipped.to_builtins() | {"module": None}
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("none", []),
+        ("kill", ["kill"]),
+        (
+            "upgrade,rollback,upgrade,kernel,rollback",
+            ["upgrade", "rollback", "upgrade", "kernel", "rollback"],
+        ),
+    ],
+)
+def test_events_are_a_list(text: str, names: list[str]) -> None:
+    assert parse_events(text) == names
+
+
+@pytest.mark.parametrize(
+    "text", ["", "rollback", "kill,rollback", "upgrade,rollback,rollback", "none,kill", "kil"]
+)
+def test_events_that_cannot_be_are_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        parse_events(text)
+
+
+def test_the_quiet_stretches_are_one_and_each_event_has_its_own() -> None:
+    def period(name: str, begin: int, end: int, gap: int) -> dict[str, object]:
+        return {"name": name, "begin_ns": begin, "end_ns": end, "gap_ns": gap, "bytes": end - begin}
+
+    quiet, (kill,) = stretches(
+        [period("", 0, 10, 2), period("kill", 10, 40, 20), period("", 40, 90, 3)], [Happened("kill", "x", 18)]
+    )
+    assert (quiet.gap_ns, quiet.bytes_per_second) == (3, 1e9)
+    assert (kill.event, kill.gap_ns, kill.engine_ns, kill.what) == ("kill", 20, 18, "x")

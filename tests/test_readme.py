@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from snap.cli.demo.stage import Stage, start_kernel
+from snap.cli.demo.stage import Stage
 from snap.ipc import connect
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
@@ -33,7 +33,7 @@ def runtime_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     (package / "engine.py").write_text(block("python", "class Upper"))
     monkeypatch.setenv("SNAP_MODULE_PATH", str(package.parent))
     with Stage() as stage:
-        start_kernel(stage, tmp_path / "run")
+        stage.start_kernel(tmp_path / "run")
         yield tmp_path / "run"
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -17,34 +16,75 @@ from ._base import Settings, say
 
 if TYPE_CHECKING:
     from snap.ipc import Client
-    from snap.ipc.control import ControlClient
 
     from ..demo.plan import Plan
     from ..demo.roundtrip import Percentiles
+    from ..demo.script import Happened
+    from ..demo.sender import Sender
     from ..demo.stage import Stage
 
-MODULE: Final = "relay"
+MODULES: Final = ("relay", "echo")
+EVENTS: Final = ("upgrade", "kill", "kernel", "rollback")
+IN_WORDS: Final = {
+    "": "nothing",
+    "upgrade": "upgrade in place",
+    "kill": "SIGKILL of the module",
+    "kernel": "SIGKILL of the kernel",
+    "rollback": "rollback",
+}
 READY_SECONDS: Final = 30.0
-POOL_BYTES: Final = 16 << 20
+# Small, so that a gap in the middle is soon one at the end: what is on its way covers it up.
+POOL_BYTES: Final = 1 << 20
 SHOWN: Final = 5
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """A part of the transfer: `gap_ns` is the longest without a delivery, as the writer saw it; `engine_ns` the longest
+    without a poll, as the engines measured, and `client_ns` what the kernel read of it from the channels."""
+
+    event: str
+    gap_ns: int
+    bytes_per_second: float
+    engine_ns: int | None = None
+    client_ns: int | None = None
+    what: str = ""
+
+
+@dataclass(frozen=True)
 class Result:
-    """`seconds` from the first chunk to the last acknowledgement, the gap within; the gap as the writer saw it."""
+    """`bytes` and `files` are the tree's; it was sent `laps` times, `stream_bytes` in all. `quiet`: the stretches in
+    which nothing happened."""
 
     path: str
     files: int
     bytes: int
+    laps: int
+    chunks: int
+    stream_bytes: int
+    stream_sha256: str
     seconds: float
     bytes_per_second: float
-    restart: str
-    gap_seconds: float | None
-    resent_chunks: int
-    duplicates_dropped: int
+    lost: int
+    duplicated: int
+    verified: int
+    quiet: Stretch
+    events: list[Stretch]
     skipped: dict[str, int]
     unreadable: list[str]
-    verified: int
+
+
+def parse_events(text: str) -> list[str]:
+    """The option's list. Raises click.BadParameter."""
+    names = [] if text == "none" else text.split(",")
+    upgraded = False
+    for name in names:
+        if name not in EVENTS:
+            raise click.BadParameter(f"{name!r} is none of {', '.join(EVENTS)}; or `none` alone.")
+        if name == "rollback" and not upgraded:
+            raise click.BadParameter("there is nothing to roll back to without an upgrade before.")
+        upgraded = name == "upgrade" or (upgraded and name != "rollback")
+    return names
 
 
 @click.command()
@@ -54,46 +94,40 @@ class Result:
     help="The tree to send.  [default: Python's standard library]",
 )
 @click.option(
-    "--restart",
-    type=click.Choice(["graceful", "kill", "none"]),
-    default="graceful",
+    "--events",
+    type=parse_events,
+    default=",".join(EVENTS),
     show_default=True,
-    help="How the module is interrupted half-way: by order, by SIGKILL, not at all.",
-)
-@click.option(
-    "--window",
-    type=click.IntRange(1, 512),
-    default=64,
-    show_default=True,
-    help="Chunks of 64 KiB on their way at a time.",
+    metavar="LIST",
+    help="What happens meanwhile, in this order; `none`: nothing.",
 )
 @click.option("--keep", is_flag=True, help="Keep the temporary folder: logs, and the tree as written.")
 @click.make_pass_decorator(Settings, ensure=True)
-def demo(settings: Settings, path: Path | None, restart: str, window: int, keep: bool) -> None:
-    """Send a directory tree through a module that is restarted half-way, and verify every file.
+def demo(settings: Settings, path: Path | None, events: list[str], keep: bool) -> None:
+    """Send a directory tree through a module that is upgraded, killed, loses its kernel and is rolled back meanwhile.
 
     Starts a kernel of its own in a temporary folder; needs no root and leaves nothing behind. The tree goes from this
-    process through the engine of the module `relay` to a second process, which writes it out. Ends with
-    a table: files, bytes, rate, the gap of the restart, and round trips beside a Unix socket and ZeroMQ, measured in
-    the same run. Exits with 1 when a checksum differs.
+    process through the engine of the module `relay` to a second process, which writes it out: again and again until
+    all has happened. Neither of the two does anything about it, and nothing is sent twice. Ends with two tables: what
+    arrived, with the longest time without a delivery around each event, and round trips beside a Unix socket and
+    ZeroMQ, measured in the same run. Exits with 1 when a chunk was lost, came twice, or a checksum differs.
     """
     from ..demo.stage import Stage
 
     with Stage(keep) as stage:
         if keep:
             say(f"keeping {stage.folder}")
-        result, trips = _run(settings, stage, path, restart, window)
+        result, trips = _run(settings, stage, path, events)
     _show(settings.output, result, trips)
 
 
 def _run(
-    settings: Settings, stage: Stage, path: Path | None, restart: str, window: int
+    settings: Settings, stage: Stage, path: Path | None, events: Sequence[str]
 ) -> tuple[Result, list[Percentiles]]:
     from snap.ipc import UsageError, connect
     from snap.ipc.control import ControlClient
 
     from ..demo import plan, roundtrip
-    from ..demo.stage import start_kernel
 
     try:
         tree = plan.scan(path or plan.standard_library(), frozenset() if path else plan.NOT_STANDARD)
@@ -101,74 +135,97 @@ def _run(
         raise UsageError(f"{path}: {error.strerror}", "give another --path") from error
     runtime_dir = settings.runtime_dir or stage.folder / "run"
     with ExitStack() as stack:
-        start_kernel(stage, runtime_dir)
-        operator = stack.enter_context(ControlClient(runtime_dir))
-        for module in (MODULE, "echo"):
-            operator.call("module.start", timeout=READY_SECONDS, name=module, wait=True)
+        stage.start_kernel(runtime_dir)
+        with ControlClient(runtime_dir) as operator:
+            for module in MODULES:
+                operator.call("module.start", timeout=READY_SECONDS, name=module, wait=True)
         client = stack.enter_context(connect(runtime_dir=runtime_dir))
-        result = _transfer(stage, client, operator, tree, runtime_dir, restart, window)
+        result = _transfer(stage, client, tree, runtime_dir, events)
         say("measuring round trips")
         return result, roundtrip.compare(stage, client)
 
 
-def _transfer(
-    stage: Stage,
-    client: Client,
-    operator: ControlClient,
-    tree: Plan,
-    runtime_dir: Path,
-    restart: str,
-    window: int,
-) -> Result:
-    from ..demo import plan, verify
+def _transfer(stage: Stage, client: Client, tree: Plan, runtime_dir: Path, events: Sequence[str]) -> Result:
+    from ..demo import plan, script, verify
     from ..demo.sender import Sender
     from ..demo.stage import Writer
 
     written = stage.folder / "written"
     written.mkdir()
-    interrupt = None if restart == "none" else _interruption(operator, restart)
+    newer = script.write_newer(stage.folder / "newer")
     writer = Writer(stage, runtime_dir, written)
-    with _progress("sending", len(tree.chunks)) as on_progress:
-        channel = client.open("relay-in", up_bytes=POOL_BYTES, wait=READY_SECONDS)
-        sender = Sender(channel, tree, window, on_progress, writer.check, interrupt)
+    with ExitStack() as stack:
+        channel = stack.enter_context(client.open("relay-in", up_bytes=POOL_BYTES, wait=READY_SECONDS))
+        on_event, on_bytes = stack.enter_context(_sending(tree.bytes if not events else None))
+
+        def mark(event: str) -> None:
+            writer.mark(event)
+            on_event(IN_WORDS[event] if event else "sending")
+
+        def on_wait() -> None:
+            writer.check()
+            play.check()
+            on_bytes(sender.bytes)
+
+        play = script.Script(runtime_dir, newer, events, mark)
+        sender = Sender(channel, tree, lambda: not play.over, on_wait)
+        stack.callback(play.stop)
+        play.start()
         begin = time.monotonic()
         sender.run()
+        seen = writer.finish()
         seconds = time.monotonic() - begin
-    seen = writer.finish()
-    with _progress("verifying", len(tree.files)) as on_progress:
+        play.check()
+    with _verifying(len(tree.files)) as on_progress:
         wrong = verify.differences(tree, written, on_progress)
-    _demand_equal(tree, seen["files"], wrong)
+    _demand_equal(sender, seen, wrong)
+    quiet, events_seen = stretches(seen["periods"], play.happened)
     return Result(
         path=plan.shown(tree.root),
         files=len(tree.files),
         bytes=tree.bytes,
+        laps=sender.laps,
+        chunks=sender.frames,
+        stream_bytes=sender.bytes,
+        stream_sha256=sender.digest,
         seconds=seconds,
-        bytes_per_second=tree.bytes / seconds,
-        restart=restart,
-        gap_seconds=seen["gap_ns"] / 1e9 if restart != "none" else None,
-        resent_chunks=sender.window.resent,
-        duplicates_dropped=seen["duplicates"],
+        bytes_per_second=sender.bytes / seconds,
+        lost=seen["lost"],
+        duplicated=seen["duplicated"],
+        verified=len(tree.files),
+        quiet=quiet,
+        events=events_seen,
         skipped=dict(tree.skipped),
         unreadable=tree.unreadable,
-        verified=len(tree.files),
     )
 
 
-def _interruption(operator: ControlClient, restart: str) -> Callable[[], None]:
-    def by_order() -> None:
-        operator.call("module.restart", name=MODULE, wait=False)
+def stretches(periods: list[dict[str, Any]], happened: Sequence[Happened]) -> tuple[Stretch, list[Stretch]]:
+    """The quiet periods taken together, and each of the others with what happened in it."""
 
-    def by_kill() -> None:
-        os.kill(operator.call("module.show", name=MODULE)["pid"], signal.SIGKILL)
+    def stretch(name: str, parts: list[dict[str, Any]], **more: Any) -> Stretch:
+        took = sum(part["end_ns"] - part["begin_ns"] for part in parts)
+        gap = max((part["gap_ns"] for part in parts), default=0)
+        return Stretch(name, gap, sum(part["bytes"] for part in parts) / max(took, 1) * 1e9, **more)
 
-    return by_kill if restart == "kill" else by_order
+    loud = [period for period in periods if period["name"]]
+    return stretch("", [period for period in periods if not period["name"]]), [
+        stretch(one.event, [period], engine_ns=one.engine_ns, client_ns=one.client_ns, what=one.what)
+        for period, one in zip(loud, happened, strict=True)
+    ]
 
 
-def _demand_equal(tree: Plan, files: int, wrong: list[str]) -> None:
+def _demand_equal(sender: Sender, seen: dict[str, Any], wrong: list[str]) -> None:
+    """Raises SnapError unless every frame arrived once, in order, and as it was sent."""
     from snap.ipc import SnapError
 
-    if files != len(tree.files):
-        wrong.append(f"{len(tree.files)} files were sent, {files} written")
+    if seen["lost"] or seen["duplicated"] or seen["frames"] != sender.frames:
+        wrong.append(
+            f"{sender.frames} chunks were sent, {seen['frames']} counted: "
+            f"{seen['lost']} lost, {seen['duplicated']} came twice"
+        )
+    if seen["digest"] != sender.digest:
+        wrong.append(f"SHA-256 of the stream: {sender.digest} sent, {seen['digest']} arrived")
     if wrong:
         for line in wrong[:SHOWN]:
             say(line)
@@ -179,50 +236,87 @@ def _demand_equal(tree: Plan, files: int, wrong: list[str]) -> None:
 
 
 @contextmanager
-def _progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error; drawn at most a few hundred times, for the transfer is faster than a terminal."""
+def _sending(total: int | None) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
+    """Tell on standard error what happens, and how many bytes were sent: a bar on a terminal, else a line an event."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:>22}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("sending", total=total)
+        shown = 0
+
+        def on_event(words: str) -> None:
+            bar.update(task, description=words)
+            if bar.disable:
+                say(words)
+
+        def on_bytes(count: int) -> None:
+            nonlocal shown
+            if count - shown >= POOL_BYTES:
+                shown = count
+                bar.update(task, completed=count)
+
+        yield on_event, on_bytes
+
+
+@contextmanager
+def _verifying(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error; drawn at most a few hundred times, for comparing is faster than a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total)
+    columns = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("verifying", total=total)
         step = max(total // 200, 1)
-        shown = 0
 
         def update(done: int) -> None:
-            nonlocal shown
-            if done - shown >= step or done == total:
-                shown = done
+            if done % step == 0 or done == total:
                 bar.update(task, completed=done)
 
         yield update
 
 
 def _show(output: str, result: Result, trips: list[Percentiles]) -> None:
-    from ..output import plain, print_json, print_table, size
+    from ..output import plain, print_json, print_table, size, span
 
     for line in result.unreadable[:SHOWN]:
         say(f"not sent: {plain(line)}")
     if output == "json":
         print_json("Demo", {**asdict(result), "round_trips": [trip._asdict() for trip in trips]})
         return
-    gap = "-" if result.gap_seconds is None else f"{result.gap_seconds * 1000:.0f} ms without a delivery"
+    if output == "name":
+        click.echo(result.stream_sha256)
+        return
+
+    def rate(count: float) -> str:
+        return f"{size(round(count))}/s"
+
     rows = [
-        ("tree", result.path),
-        ("files", f"{result.files}"),
-        ("bytes", f"{result.bytes} ({size(result.bytes)})"),
-        ("checksums", f"{result.verified} of {result.files} equal (SHA-256)"),
-        ("rate", f"{size(round(result.bytes_per_second))}/s over {result.seconds:.2f} s, the gap included"),
-        ("restart", f"{result.restart}: {gap}" if result.restart != "none" else "none"),
-        (
-            "sent again",
-            f"{result.resent_chunks} chunks, {result.duplicates_dropped} of them dropped as known",
-        ),
+        ("tree", f"{result.path}: {result.files} files, {size(result.bytes)}"),
+        ("sent", f"{result.laps} times over, {size(result.stream_bytes)} in {result.seconds:.2f} s"),
+        ("rate", f"{rate(result.bytes_per_second)}, all of the gaps included"),
+        ("ledger", f"{result.chunks} chunks, {result.lost} lost, {result.duplicated} duplicated"),
+        ("checksums", f"{result.verified} of {result.files} files and the stream equal (SHA-256)"),
         ("skipped", ", ".join(f"{count} {what}" for what, count in result.skipped.items()) or "nothing"),
         ("unreadable", str(len(result.unreadable))),
     ]
     print_table(("transfer", ""), rows)
+    click.echo()
+    print_table(
+        ("meanwhile", "longest gap", "no engine polled", "rate", ""),
+        [
+            (
+                IN_WORDS[stretch.event],
+                span(stretch.gap_ns),
+                "-" if stretch.engine_ns is None else span(stretch.engine_ns),
+                rate(stretch.bytes_per_second),
+                stretch.what,
+            )
+            for stretch in (result.quiet, *result.events)
+        ],
+    )
     click.echo()
     print_table(
         ("round trip of 64 B, µs", "p50", "p99", "p99.9"),

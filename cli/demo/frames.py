@@ -1,4 +1,4 @@
-"""What sender and writer say to each other: one frame a chunk one way, one number the other way."""
+"""What the sender says to the writer: one frame a chunk."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ END: Final = 4
 
 # Sequence number, flags, bytes of the name that follows (only with FIRST); then the file's bytes.
 HEADER: Final = struct.Struct("<QBxH")
-# The sequence number that the writer expects next: everything below is written.
-ACK: Final = struct.Struct("<Q")
 
 
 class Frame(NamedTuple):

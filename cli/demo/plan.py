@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from .frames import END, FIRST, LAST
+from .frames import FIRST, LAST
 
 CHUNK_BYTES: Final = 64 * 1024
 # Beside the standard library in the same folder, and not of it.
@@ -29,7 +29,7 @@ class Chunk(NamedTuple):
 
 @dataclass
 class Plan:
-    """`chunks[n]` is what sequence number n carries; the last one is END and carries nothing."""
+    """`chunks` in the order in which they are sent; the last one carries nothing, so that an empty tree has one."""
 
     root: bytes
     files: list[bytes] = field(default_factory=list)
@@ -59,7 +59,7 @@ def scan(root: Path, without: frozenset[bytes] = frozenset()) -> Plan:
             plan.skipped["special files"] += 1
         else:
             _add(plan, path)
-    plan.chunks.append(Chunk(-1, 0, 0, END))
+    plan.chunks.append(Chunk(-1, 0, 0, 0))
     return plan
 
 

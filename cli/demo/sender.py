@@ -3,124 +3,88 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
-import struct
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from snap import ipc
 
 from . import frames
-from .plan import Plan, open_file, shown
-from .window import Window
+from .plan import Chunk, Plan, open_file, shown
 
-PAUSE_SECONDS = 0.001
 STEP_SECONDS = 0.1
-REOPEN_SECONDS = 30.0
 STALL_SECONDS = 60.0
+
+T = TypeVar("T")
 
 
 class Sender:
-    """Owns `channel`, and sends until the writer has acknowledged everything.
+    """Sends the plan over `channel`, again and again while `more()`, at least once; then a frame that says END.
 
-    `on_progress(acknowledged)` is called as it goes; `on_wait` now and then while nothing moves, and it may raise.
-
-    `interrupt` is called once, when half is acknowledged; the last quarter waits until the channel was lost and
-    opened again, so that the interruption always falls into the transfer however fast that is.
+    `on_wait` is called before each chunk and now and then while nothing moves, and it may raise.
     """
 
     def __init__(
-        self,
-        channel: ipc.Channel,
-        plan: Plan,
-        window: int,
-        on_progress: Callable[[int], None],
-        on_wait: Callable[[], None],
-        interrupt: Callable[[], None] | None = None,
+        self, channel: ipc.Channel, plan: Plan, more: Callable[[], bool], on_wait: Callable[[], None]
     ) -> None:
-        total = len(plan.chunks)
+        self._channel = channel
         self._plan = plan
-        self._progress = on_progress
+        self._more = more
         self._wait = on_wait
-        self._interrupt = interrupt
-        self._half = total // 2
         self._file = -1
         self._fd = -1
-        self._moved = 0.0
-        self.channel = channel
-        self.window = Window(total, window, None if interrupt is None else total - max(total // 4, 1))
-        self.reopened = 0
+        self._digest = hashlib.sha256()
+        self.frames = 0
+        self.bytes = 0
+        self.laps = 0
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all frames."""
+        return self._digest.hexdigest()
 
     def run(self) -> None:
-        """Raises SnapError when the channel fails for good, or a file changed; OSError when one cannot be read."""
-        self._moved = time.monotonic()
+        """Raises SnapError when the channel fails, or a file changed; OSError when one cannot be read."""
         try:
-            while not self.window.done:
-                self._step_or_reopen()
+            while True:
+                for chunk in self._plan.chunks:
+                    self._send(chunk)
+                self.laps += 1
+                if not self._more():
+                    break
+            self._send(Chunk(-1, 0, 0, frames.END))
         finally:
             self._close_file()
-            self.channel.close()
 
-    def _step_or_reopen(self) -> None:
-        try:
-            self._step()
-        except ipc.PeerGoneError:
-            self.channel = self.channel.reopen(timeout=REOPEN_SECONDS)
-            self.reopened += 1
-            self.window.free()
-            self.window.rewind()
-
-    def _step(self) -> None:
-        number = self.window.take()
-        if number is not None:
-            self._send(number)
-        self._read_acknowledgements(0 if number is not None else STEP_SECONDS)
-        if self._interrupt is not None and self.window.acknowledged >= self._half:
-            interrupt, self._interrupt = self._interrupt, None
-            interrupt()
-
-    def _read_acknowledgements(self, timeout: float) -> None:
-        news = False
-        for message in self.channel.recv_many(64, timeout=timeout):
-            try:
-                (expected,) = frames.ACK.unpack(message)
-                news |= self.window.acknowledge(expected)
-            except (struct.error, ValueError) as error:
-                raise ipc.ProtocolError(f"the writing process sent nonsense: {error}") from error
-        now = time.monotonic()
-        if news:
-            self._moved = now
-            self._progress(self.window.acknowledged)
-            return
-        if timeout:
-            self._wait()
-        if now - self._moved > STALL_SECONDS:
-            raise ipc.DeadlineError(
-                f"nothing was acknowledged for {STALL_SECONDS:.0f} s, at chunk {self.window.acknowledged}",
-                "the log of the module says why: run with --keep",
-            )
-
-    def _send(self, number: int) -> None:
-        chunk = self._plan.chunks[number]
+    def _send(self, chunk: Chunk) -> None:
+        self._wait()
         name = self._plan.files[chunk.file] if chunk.flags & frames.FIRST else b""
-        head = frames.head(number, chunk.flags, name)
-        while True:
-            try:
-                loan = self.channel.loan(len(head) + chunk.size, timeout=STEP_SECONDS)
-                break
-            except ipc.DeadlineError:  # the pool is full: what the writer has taken makes room
-                self._read_acknowledgements(PAUSE_SECONDS)
-        with loan, loan.view as view:
-            view[: len(head)] = head
-            self._read(chunk.file, chunk.offset, view[len(head) :])
-            self._push(loan)
+        head = frames.head(self.frames, chunk.flags, name)
+        loan = self._patiently(lambda: self._channel.loan(len(head) + chunk.size, timeout=STEP_SECONDS))
+        with loan:
+            with loan.view as view:
+                view[: len(head)] = head
+                self._read(chunk.file, chunk.offset, view[len(head) :])
+                self._digest.update(view)
+            self._patiently(lambda: self._channel.send_loan(loan, timeout=STEP_SECONDS))
+        self.frames += 1
+        self.bytes += chunk.size
 
-    def _push(self, loan: ipc.Loan) -> None:
+    def _patiently(self, attempt: Callable[[], T]) -> T:
+        """Try until it is done in time: the pool or the ring is full while the module is away, or the writer slow."""
+        end = time.monotonic() + STALL_SECONDS
         while True:
             try:
-                return self.channel.send_loan(loan, timeout=STEP_SECONDS)
+                return attempt()
             except ipc.DeadlineError:
-                self._read_acknowledgements(PAUSE_SECONDS)
+                self._wait()
+                if time.monotonic() > end:
+                    raise ipc.DeadlineError(
+                        f"nothing moved for {STALL_SECONDS:.0f} s, at chunk {self.frames}",
+                        "the log of the module says why: run with --keep",
+                    ) from None
 
     def _read(self, file: int, offset: int, into: memoryview) -> None:
         if not into:

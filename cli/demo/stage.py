@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -16,19 +17,24 @@ from typing import IO, Any, Final, Self
 
 from snap import ipc
 from snap.ipc import paths
+from snap.ipc.control import ControlClient
 
 from ..commands._base import PYTHON
 
 START_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 10.0
+ASK_SECONDS: Final = 1.0
+LOOK_EVERY: Final = 0.02
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+_PR_SET_CHILD_SUBREAPER: Final = 36
 
 
 class Stage:
     """A temporary folder and processes, all of them gone when `with` ends.
 
     Ctrl-C and SIGTERM raise KeyboardInterrupt, once; but never between a process's start and its being noted, and
-    never while everything is taken down.
+    never while everything is taken down. A kernel that was killed leaves processes that are nobody's: they
+    become this process's, and end with the stage too.
     """
 
     folder: Path
@@ -36,11 +42,14 @@ class Stage:
     def __init__(self, keep: bool = False) -> None:
         self._keep = keep
         self._children: list[subprocess.Popen[bytes]] = []
+        self._kernels: list[Path] = []
         self._held = True
         self._interrupted = False
 
     def __enter__(self) -> Self:
         self._before = [signal.signal(number, self._interrupt) for number in SIGNALS]
+        self._others = _children()
+        _adopt_orphans(True)
         # Short, for the paths of Unix sockets are.
         self.folder = Path(tempfile.mkdtemp(prefix="snap-demo-"))
         self._release()
@@ -48,8 +57,12 @@ class Stage:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._held = True
+        for directory in self._kernels:
+            _stop_kernel(directory)
         while self._children:
             _end(self._children.pop())
+        self._end_orphans()
+        _adopt_orphans(False)
         if not self._keep:
             shutil.rmtree(self.folder, ignore_errors=True)
         for number, handler in zip(SIGNALS, self._before, strict=True):
@@ -82,6 +95,40 @@ class Stage:
         self._release()
         return child
 
+    def start_kernel(self, runtime_dir: Path, *options: str) -> None:
+        """Run a kernel until the stage ends, and wait until it serves. Raises UnreachableError when it does not."""
+        runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._kernels.append(runtime_dir)
+        log = runtime_dir / paths.KERNEL_LOG
+        ready = self.folder / "ready.sock"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices, log.open("ab") as out:
+            notices.bind(os.fspath(ready))
+            try:
+                arguments = ("--runtime-dir", os.fspath(runtime_dir), *options)
+                child = self.start(
+                    "snap.kernel", *arguments, out=out, err=out, NOTIFY_SOCKET=os.fspath(ready)
+                )
+                _await_ready(child, notices, log)
+            finally:
+                ready.unlink()
+
+    def _end_orphans(self) -> None:
+        """What a killed kernel left: by the order of the kernel that took its place, by SIGTERM, by force."""
+        begin = time.monotonic()
+        told: set[tuple[int, int]] = set()
+        while orphans := _reap(_children() - self._others):
+            waited = time.monotonic() - begin
+            if waited < STOP_SECONDS / 2:
+                for directory in self._kernels:
+                    _stop_kernel(directory)
+            else:
+                number = signal.SIGTERM if waited < STOP_SECONDS else signal.SIGKILL
+                for pid in orphans:
+                    if (pid, number) not in told:
+                        told.add((pid, number))
+                        os.kill(pid, number)
+            time.sleep(LOOK_EVERY)
+
     def _interrupt(self, *_: Any) -> None:
         again, self._interrupted = self._interrupted, True
         if not self._held and not again:
@@ -91,6 +138,35 @@ class Stage:
         self._held = False
         if self._interrupted:
             raise KeyboardInterrupt
+
+
+def _adopt_orphans(yes: bool) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(yes), 0, 0, 0)
+
+
+def _children() -> set[int]:
+    """This process's children, those that were adopted included."""
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            found.update(map(int, (task / "children").read_text().split()))
+    return found
+
+
+def _reap(pids: set[int]) -> set[int]:
+    """Those of these children that live; the dead are waited for."""
+    living = set()
+    for pid in pids:
+        with contextlib.suppress(ChildProcessError):
+            if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                living.add(pid)
+    return living
+
+
+def _stop_kernel(directory: Path) -> None:
+    """Order the kernel that serves there now, if any, to stop: it may not be the one that was started."""
+    with contextlib.suppress(ipc.SnapError), ControlClient(directory, timeout=ASK_SECONDS) as control:
+        control.call("kernel.stop")
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -104,27 +180,6 @@ def _end(child: subprocess.Popen[bytes]) -> None:
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
     child.wait()
-
-
-def start_kernel(stage: Stage, runtime_dir: Path) -> None:
-    """Run a kernel on `runtime_dir` and wait until it serves. Raises UnreachableError when it does not."""
-    runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    log = runtime_dir / paths.KERNEL_LOG
-    ready = stage.folder / "ready.sock"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices, log.open("ab") as out:
-        notices.bind(os.fspath(ready))
-        try:
-            child = stage.start(
-                "snap.kernel",
-                "--runtime-dir",
-                runtime_dir,
-                out=out,
-                err=out,
-                NOTIFY_SOCKET=os.fspath(ready),
-            )
-            _await_ready(child, notices, log)
-        finally:
-            ready.unlink()
 
 
 def _await_ready(child: subprocess.Popen[bytes], notices: socket.socket, log: Path) -> None:
@@ -147,13 +202,20 @@ class Writer:
         pipe = subprocess.PIPE
         self._child = stage.start("snap.cli.demo.writer", runtime_dir, root, stdin=pipe, out=pipe, err=pipe)
 
+    def mark(self, name: str) -> None:
+        """From now on it is `name` that happens. From any thread; a writer that has ended is not told."""
+        assert self._child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.write(f"{time.monotonic_ns()} {name}\n".encode())
+            self._child.stdin.flush()
+
     def check(self) -> None:
         """Raises SnapError when it has ended before its time."""
         if self._child.poll() is not None:
             self.finish()
             raise ipc.SnapError("the writing process ended before everything was sent")
 
-    def finish(self) -> dict[str, int]:
+    def finish(self) -> dict[str, Any]:
         """Let it end, by closing its input; returns what it saw. Raises SnapError with its last words if it failed."""
         try:
             out, err = self._child.communicate(timeout=STOP_SECONDS)
@@ -162,5 +224,5 @@ class Writer:
         if self._child.returncode != 0:
             words = err.decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
             raise ipc.SnapError(f"the writing process failed: {words[0]}")
-        seen: dict[str, int] = json.loads(out)
+        seen: dict[str, Any] = json.loads(out)
         return seen

@@ -1,55 +1,62 @@
-"""The second process: writes what the relay delivers, each number once. Run as `python -m snap.cli.demo.writer`.
+"""The second process: writes what the relay delivers. Run as `python -m snap.cli.demo.writer RUNTIME_DIR FOLDER`.
 
-Ends when its standard input closes, which happens when the sender is done with it, or dead; the last line on
-standard output is a JSON object of what it saw.
+Lines on standard input say what happens from when on: nanoseconds and a name. Ends with the frame that says END; the
+last line on standard output is a JSON object of what it saw. Input that closes before that is a sender that died.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import select
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
 from snap import ipc
 
-from .frames import ACK, END, FIRST, LAST, Frame, parse
+from .frames import END, FIRST, LAST, Frame, parse
+from .gaps import Timeline
 
 IDLE_SECONDS = 0.1
-REOPEN_SECONDS = 30.0
+ORPHAN_SECONDS = 5.0
+STDIN = 0
 
 
 class Assembler:
-    """Puts frames back together under `root`: in order, each number once."""
+    """Puts frames back together under `root`, and keeps the ledger: every number once and in order, or it is told."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._file: BinaryIO | None = None
         self.expected = 0
         self.files = 0
-        self.bytes = 0
-        self.duplicates = 0
+        self.lost = 0
+        self.duplicated = 0
+        self.ended = False
 
-    def accept(self, frame: Frame) -> bool:
-        """Write the frame if it is the one expected; one seen before is counted, one too early ignored.
+    def accept(self, frame: Frame) -> None:
+        """Write the frame; one seen before is only counted, and so are those that are missing before it.
 
         Raises ValueError for a name outside `root`.
         """
-        if frame.seq != self.expected:
-            self.duplicates += frame.seq < self.expected
-            return False
+        if frame.seq < self.expected:
+            self.duplicated += 1
+            return
+        self.lost += frame.seq - self.expected
+        self.expected = frame.seq + 1
         if frame.flags & FIRST:
+            self.close()
             self._file = self._create(frame.name)
         if self._file is not None:
-            self.bytes += self._file.write(frame.data)
-        if frame.flags & (LAST | END):
+            self._file.write(frame.data)
+        if frame.flags & LAST:
+            self.files += 1
             self.close()
-            self.files += bool(frame.flags & LAST)
-        self.expected += 1
-        return True
+        self.ended = bool(frame.flags & END)
 
     def close(self) -> None:
         if self._file is not None:
@@ -61,64 +68,83 @@ class Assembler:
             raise ValueError(f"name {name!r} leaves the folder that is written to")
         path = self._root / os.fsdecode(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("xb")
+        return path.open("wb")
+
+
+class Marks:
+    """Standard input, line by line, without ever waiting for it."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        self._timeline = timeline
+        self._rest = b""
+        self.closed = False
+
+    def read(self) -> None:
+        while not self.closed and select.select([STDIN], [], [], 0)[0]:
+            data = os.read(STDIN, 4096)
+            self.closed = not data
+            *lines, self._rest = (self._rest + data).split(b"\n")
+            for line in lines:
+                at, _, name = line.decode().partition(" ")
+                self._timeline.mark(int(at), name)
 
 
 class Writer:
-    """Feeds an `Assembler` from the service `relay-out`, and opens the channel again when the module went away."""
+    """Feeds an `Assembler` from the service `relay-out`. The channel is opened once: whatever happens, it lasts."""
 
-    def __init__(self, channel: ipc.Channel, assembler: Assembler) -> None:
+    def __init__(self, channel: ipc.Channel, assembler: Assembler, timeline: Timeline) -> None:
         self._channel = channel
         self._assembler = assembler
-        self._last_ns = 0
-        self._gone_ns = 0
-        self.gap_ns = 0
+        self._timeline = timeline
+        self._digest = hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        return self._digest.hexdigest()
 
     def run(self) -> None:
-        """Until standard input closes."""
-        while True:
-            try:
-                if not self._receive() and _input_closed():
-                    break
-                self._channel.send(ACK.pack(self._assembler.expected), timeout=IDLE_SECONDS)
-            except ipc.DeadlineError:
-                continue
-            except ipc.PeerGoneError:
-                self._gone_ns = self._last_ns
-                self._channel = self._channel.reopen(timeout=REOPEN_SECONDS)
-        self._channel.close()
+        """Until END. Raises SnapError when that cannot come any more."""
+        marks = Marks(self._timeline)
+        patience = ORPHAN_SECONDS
+        while not self._assembler.ended:
+            if self._receive(marks):
+                patience = ORPHAN_SECONDS
+            elif marks.closed:
+                patience -= IDLE_SECONDS
+                if patience <= 0:
+                    raise ipc.SnapError("the sender left in the middle")
 
-    def _receive(self) -> bool:
+    def _receive(self, marks: Marks) -> bool:
         try:
             payload = self._channel.receive(timeout=IDLE_SECONDS)
         except ipc.DeadlineError:
+            marks.read()
             return False
+        now = time.monotonic_ns()
         with payload, payload.view as view:
+            self._digest.update(view)
             frame = parse(view)
             with frame.data:
                 self._assembler.accept(frame)
-        self._last_ns = time.monotonic_ns()
-        if self._gone_ns:
-            self.gap_ns = max(self.gap_ns, self._last_ns - self._gone_ns)
-            self._gone_ns = 0
+            marks.read()
+            self._timeline.deliver(now, len(view))
         return True
-
-
-def _input_closed() -> bool:
-    return bool(select.select([sys.stdin], [], [], 0)[0])
 
 
 def main(runtime_dir: str, root: str) -> None:
     assembler = Assembler(Path(root))
-    with ipc.connect(runtime_dir=runtime_dir) as client:
-        writer = Writer(client.open("relay-out"), assembler)
+    timeline = Timeline()
+    with ipc.connect(runtime_dir=runtime_dir) as client, client.open("relay-out") as channel:
+        writer = Writer(channel, assembler, timeline)
         writer.run()
     assembler.close()
     seen = {
+        "frames": assembler.expected,
         "files": assembler.files,
-        "bytes": assembler.bytes,
-        "duplicates": assembler.duplicates,
-        "gap_ns": writer.gap_ns,
+        "lost": assembler.lost,
+        "duplicated": assembler.duplicated,
+        "digest": writer.digest,
+        "periods": [asdict(period) for period in timeline.periods],
     }
     print(json.dumps(seen))
 

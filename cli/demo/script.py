@@ -1,0 +1,225 @@
+"""What happens to the relay while it serves: it is upgraded, killed, loses its kernel, is rolled back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from snap import ipc
+from snap.ipc.control import ControlClient
+from snap.ipc.protocol import KernelView, ModuleView, UpgradeView
+
+MODULE: Final = "relay"
+# How long the stream is left alone before and after each event, and how long a new version is looked at.
+QUIET_SECONDS: Final = 0.5
+AFTER_SECONDS: Final = 0.3
+BAKE_SECONDS: Final = 1.0
+ASK_SECONDS: Final = 2.0
+LOOK_EVERY: Final = 0.02
+PATIENCE_SECONDS: Final = 30.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Happened:
+    """`engine_ns` without a poll, as the engines themselves measured; None where no engine stopped."""
+
+    event: str
+    what: str
+    engine_ns: int | None = None
+    client_ns: int | None = None
+
+
+def write_newer(folder: Path) -> Path:
+    """A copy of the shipped relay below `folder`, that says of itself that it is a later version."""
+    spec = find_spec(f"snap.modules.{MODULE}")
+    assert spec is not None and spec.submodule_search_locations, "the relay is shipped"
+    target = folder / MODULE
+    shutil.copytree(spec.submodule_search_locations[0], target, ignore=shutil.ignore_patterns("__pycache__"))
+    manifest = target / "module.toml"
+    lines = manifest.read_text(encoding="utf-8").splitlines(keepends=True)
+    manifest.write_text(
+        "".join('version = "demo"\n' if line.startswith("version") else line for line in lines),
+        encoding="utf-8",
+    )
+    return target
+
+
+class Script(threading.Thread):
+    """Plays `events` one after the other on a thread of its own; `mark` is told what happens from now on ("": nothing).
+
+    `playing` says what it is at. Leave it by `stop()`, which returns soon, whatever it waits for.
+    """
+
+    def __init__(
+        self, runtime_dir: Path, newer: Path, events: Sequence[str], mark: Callable[[str], None]
+    ) -> None:
+        super().__init__(name="script")
+        self._runtime_dir = runtime_dir
+        self._newer = newer
+        self._events = events
+        self._mark = mark
+        self._stopping = threading.Event()
+        self._error: BaseException | None = None
+        self.playing = ""
+        self.happened: list[Happened] = []
+
+    @property
+    def over(self) -> bool:
+        return not self.is_alive()
+
+    def check(self) -> None:
+        """Raises what went wrong."""
+        if self._error is not None:
+            raise self._error
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.join()
+
+    def run(self) -> None:
+        try:
+            with ControlClient(self._runtime_dir, timeout=ASK_SECONDS) as control:
+                self._play(control)
+        except _Stopped:
+            pass
+        except BaseException as error:
+            self._error = error
+
+    def _play(self, control: ControlClient) -> None:
+        acts = {
+            "upgrade": self._upgrade,
+            "kill": self._kill,
+            "kernel": self._kill_kernel,
+            "rollback": self._roll_back,
+        }
+        self._say("")
+        for event in self._events:
+            self._pause(QUIET_SECONDS)
+            self._say(event)
+            self.happened.append(acts[event](control))
+            self._pause(AFTER_SECONDS)
+            self._say("")
+        if self._events:
+            self._pause(QUIET_SECONDS)
+
+    def _say(self, event: str) -> None:
+        self.playing = event
+        self._mark(event)
+
+    def _pause(self, seconds: float) -> None:
+        if self._stopping.wait(seconds):
+            raise _Stopped
+
+    # -- the events -------------------------------------------------------------------------------------------
+
+    def _upgrade(self, control: ControlClient) -> Happened:
+        view = control.call(
+            "module.upgrade",
+            name=MODULE,
+            source=str(self._newer),
+            bake=BAKE_SECONDS,
+            rollback=True,
+            wait=False,
+        )
+        return self._moved(control, "upgrade", view)
+
+    def _roll_back(self, control: ControlClient) -> Happened:
+        return self._moved(control, "rollback", control.call("module.rollback", name=MODULE, wait=False))
+
+    def _moved(self, control: ControlClient, event: str, ordered: Any) -> Happened:
+        number = ordered["id"]
+        view = self._until(
+            lambda: _Ask(control).upgrade(number), lambda view: bool(view.outcome), f"the {event} is over"
+        )
+        if view.outcome != "committed":
+            raise ipc.RolledBackError(f"the {event} ended as {view.outcome}: {view.reason}")
+        return Happened(
+            event,
+            f"{view.from_version} → {view.to_version}, "
+            f"generation {view.from_generation} → {view.to_generation}",
+            max((engine.blackout_ns for engine in view.engines), default=-1),
+            view.client_gap_ns,
+        )
+
+    def _kill(self, control: ControlClient) -> Happened:
+        before = _Ask(control).module()
+        assert before.pid is not None, "it serves"
+        os.kill(before.pid, signal.SIGKILL)
+        after = self._until(
+            _Ask(control).module,
+            lambda view: view.state == "ready" and view.pid not in (None, before.pid),
+            "the killed module serves again",
+        )
+        recovery = _Ask(control).recovery(after.generation)
+        return Happened(
+            "kill",
+            f"pid {before.pid} → {after.pid}, generation {before.generation} → {after.generation}",
+            recovery,
+        )
+
+    def _kill_kernel(self, control: ControlClient) -> Happened:
+        before = _Ask(control).kernel()
+        os.kill(before.pid, signal.SIGKILL)
+        after = self._until(
+            _Ask(control).kernel, lambda view: view.pid != before.pid, "another kernel answers"
+        )
+        if (was := _runs(before)) != (now := _runs(after)):
+            raise ipc.SnapError(f"before the kernel's death ran {was}, after it {now}")
+        return Happened("kernel", f"pid {before.pid} → {after.pid}, the same modules run on")
+
+    def _until(self, look: Callable[[], T], good: Callable[[T], bool], what: str) -> T:
+        """Look until it is `good`, through a kernel that is away for a while."""
+        end = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < end:
+            try:
+                if good(view := look()):
+                    return view
+            except (ipc.UnreachableError, ipc.DeadlineError):
+                pass
+            self._pause(LOOK_EVERY)
+        raise ipc.DeadlineError(
+            f"it is not so that {what}, after {PATIENCE_SECONDS:.0f} s", "run with --keep, and read the logs"
+        )
+
+
+class _Stopped(Exception):
+    """Nobody waits for the rest of the script."""
+
+
+@dataclass(frozen=True)
+class _Ask:
+    control: ControlClient
+
+    def upgrade(self, number: int) -> UpgradeView:
+        return msgspec.convert(self.control.call("upgrade.show", id=number), UpgradeView)
+
+    def module(self) -> ModuleView:
+        return msgspec.convert(self.control.call("module.show", name=MODULE), ModuleView)
+
+    def kernel(self) -> KernelView:
+        return msgspec.convert(self.control.call("kernel.status"), KernelView)
+
+    def recovery(self, generation: int) -> int | None:
+        """How long no engine polled before `generation` took over; None when nobody measured it."""
+        history = msgspec.convert(self.control.call("upgrade.history", name=MODULE), list[UpgradeView])
+        for view in reversed(history):
+            if view.kind == "recovery" and view.to_generation == generation:
+                return max((engine.blackout_ns for engine in view.engines), default=-1)
+        return None
+
+
+def _runs(kernel: KernelView) -> dict[str, tuple[int | None, int]]:
+    """Process and generation of each module."""
+    return {module.name: (module.pid, module.generation) for module in kernel.modules}
