@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -171,6 +173,78 @@ def test_7_a_stopped_kernel_is_a_deadline_and_force_ends_it(kernel: Kernel) -> N
         # What a killed kernel leaves, the next one on its directory clears away.
         with kernel.up() as second:
             assert second != pid
+
+
+@pytest.fixture
+def fresh(kernel: Kernel, tmp_path: Path) -> Iterator[Path]:
+    """The directory of a module that runs."""
+    assert kernel("module", "new", "fresh", "--path", tmp_path / "own").returncode == 0
+    with kernel.up("--module-path", tmp_path / "own"):
+        assert kernel.code("module", "start", "fresh") == 0
+        yield tmp_path / "own" / "fresh"
+
+
+def shown(kernel: Kernel, *words: object) -> dict[str, Any]:
+    done = kernel(*words, "-o", "json")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def call_it(folder: Path, version: str) -> None:
+    manifest = folder / "module.toml"
+    manifest.write_text(re.sub('(?m)^version = ".*"$', f'version = "{version}"', manifest.read_text()))
+
+
+def test_0_a_module_is_upgraded_in_place_and_rolled_back(kernel: Kernel, fresh: Path) -> None:
+    first = shown(kernel, "module", "show", "fresh")
+    call_it(fresh, "7.0")
+    upgraded = kernel("upgrade", "--all", "--bake", "500ms", "-o", "json")
+    assert upgraded.returncode == 0, upgraded.stderr
+    (up,) = json.loads(upgraded.stdout)["items"]
+    second = shown(kernel, "module", "show", "fresh")
+    assert (second["version"], second["state"]) == ("7.0", "ready")
+    assert second["generation"] > first["generation"]
+    back = shown(kernel, "rollback", "fresh")
+    third = shown(kernel, "module", "show", "fresh")
+    assert (third["version"], third["state"]) == (first["version"], "ready")
+    assert [view["outcome"] for view in (up, back)] == ["committed"] * 2
+    assert all(engine["blackout_ns"] > 0 for view in (up, back) for engine in view["engines"])
+    history = shown(kernel, "upgrade", "history", "fresh")["items"]
+    assert [(view["operation"], view["to_version"]) for view in history] == [
+        ("upgrade", "7.0"),
+        ("rollback", first["version"]),
+    ]
+    assert kernel("upgrade", "--all", "-o", "name").returncode == 0
+
+
+def test_8_a_version_that_does_not_import_leaves_the_old_one_serving(kernel: Kernel, fresh: Path) -> None:
+    before = shown(kernel, "module", "show", "fresh")
+    call_it(fresh, "7.0")
+    (fresh / "engine.py").write_text("raise RuntimeError('it is broken')\n")
+    assert kernel.code("upgrade", "fresh") == 8
+    after = shown(kernel, "module", "show", "fresh")
+    assert [after[key] for key in ("pid", "generation", "version", "state")] == [
+        before[key] for key in ("pid", "generation", "version", "state")
+    ]
+    (failed,) = shown(kernel, "upgrade", "history")["items"]
+    assert failed["outcome"] == "aborted"
+    assert "it is broken" in failed["reason"]
+
+
+def test_6_a_second_upgrade_of_a_module_is_refused_while_one_runs(kernel: Kernel, fresh: Path) -> None:
+    number = kernel("upgrade", "fresh", "--bake", "4s", "--no-wait", "-o", "name").stdout.strip()
+    assert kernel.code("upgrade", "fresh") == 6
+    assert kernel.code("upgrade", "show", number, "--watch", "--timeout", 0.2) == 7
+    assert kernel.code("upgrade", "show", number, "--watch") == 0
+
+
+def test_4_and_2_what_cannot_be_upgraded(kernel: Kernel, fresh: Path) -> None:
+    assert kernel.code("upgrade", "nix") == 4
+    assert kernel.code("upgrade", "show", 4711) == 4
+    assert kernel.code("upgrade", "fresh", "no-such-version") in (2, 4)
+    assert kernel.code("upgrade", "fresh", fresh.parent / "nix") in (2, 4)
+    assert kernel.code("rollback", "fresh") in (2, 4)
 
 
 def test_9_a_dead_kernel_does_not_answer_and_a_new_one_takes_its_place(kernel: Kernel) -> None:

@@ -39,17 +39,18 @@ class Lines:
 
 def news(before: UpgradeView | None, now: UpgradeView) -> list[str]:
     """What `now` tells that `before` did not: its phase, and each engine's stage, round and tenth."""
-    lines = []
-    if before is None:
-        lines.append(f"{title(now)}: {now.from_version} → {now.to_version}")
+    head = [] if before is not None else [f"{title(now)}: {now.from_version} → {now.to_version}"]
+    phase = []
+    if now.phase != "done" and (before is None or before.phase != now.phase):
+        phase.append(f"  {now.phase}: {PHASES.get(now.phase, '')}".rstrip(": "))
     known = {} if before is None else {engine.name: engine for engine in before.engines}
+    engines = []
     for engine in now.engines:
         old = known.get(engine.name)
         if _mark(engine) != (("waiting",) if old is None else _mark(old)):
-            lines.append(f"  engine {engine.name}: {_stage(engine)}")
-    if now.phase != "done" and (before is None or before.phase != now.phase):
-        lines.append(f"  {now.phase}: {PHASES.get(now.phase, '')}".rstrip(": "))
-    return lines
+            engines.append(f"  engine {engine.name}: {_stage(engine)}")
+    # The engines moved before the bake began; all else they do within the phase.
+    return [*head, *engines, *phase] if now.phase == "bake" else [*head, *phase, *engines]
 
 
 def _mark(engine: UpgradeEngineView) -> tuple[str | int, ...]:

@@ -53,7 +53,7 @@ def _page(view: UpgradeView) -> None:
     from ..output import field, print_table, rfc3339, span, state
 
     field(view.kind if view.kind != "kernel" else "upgrade", f"{view.id} of {view.module or 'the kernel'}")
-    click.echo(f"{'outcome:':>16} {state(outcome(view))}")
+    click.echo(f"{'outcome:':>12} {state(outcome(view))}")
     if view.reason:
         field("reason", view.reason)
     field("from", f"{view.from_version}, generation {view.from_generation}, {view.from_path}")
@@ -64,7 +64,9 @@ def _page(view: UpgradeView) -> None:
     field("took", took(view))
     field("brownout", f"{view.brownout_seconds:.3f} s")
     field("bake", f"{view.bake_seconds:g} s")
-    field("clients waited", "none did" if view.client_gap_ns < 0 else f"at most {span(view.client_gap_ns)}")
+    field(
+        "clients", "none waited" if view.client_gap_ns < 0 else f"waited at most {span(view.client_gap_ns)}"
+    )
     if not view.engines:
         return
     click.echo()
