@@ -18,6 +18,8 @@ mod segment;
 mod slab;
 mod snapshot;
 mod table;
+#[cfg(test)]
+mod tests;
 mod verify;
 
 use thiserror::Error;

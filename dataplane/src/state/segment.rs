@@ -3,6 +3,7 @@
 //! The log is an append-only run of records `old bytes, padded to 8 | offset u64 | length u32 | crc u32`, read from its
 //! end. It counts while its stamp is the committed epoch + 1, so the one store of the epoch empties it.
 
+use std::collections::HashSet;
 use std::ops::{Deref, Range};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{compiler_fence, Ordering};
@@ -28,6 +29,8 @@ pub struct Segment {
     counters_logged: Vec<u64>,
     /// Units whose checksums are made at the commit: object, number.
     unsummed: Vec<(u32, u32)>,
+    /// Items of slabs that were freed in this poll: their bytes are needed if it is taken back.
+    pub(super) freed: HashSet<(usize, usize)>,
     /// Where each slab is searched first.
     pub(super) hints: Vec<usize>,
     /// A slot is put together here before it is written.
@@ -60,6 +63,7 @@ impl Segment {
             poll: 1,
             counters_logged: vec![0; objects],
             unsummed: Vec::new(),
+            freed: HashSet::new(),
             hints: vec![0; objects],
             assembly: Vec::new(),
             tracking,
@@ -228,6 +232,9 @@ impl Segment {
         self.log_len = 0;
         self.poll += 1;
         self.unsummed.clear();
+        if !self.freed.is_empty() {
+            self.freed.clear();
+        }
     }
 
     #[cold]

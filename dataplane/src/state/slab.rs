@@ -57,6 +57,7 @@ impl Slab {
         let bits = segment.load(word) & !(1 << (index % 64));
         segment.write_word(word, bits)?;
         segment.hints[self.object.id] = index;
+        segment.freed.insert((self.object.id, index));
         segment.changed_unit(&self.object, index);
         Ok(())
     }
@@ -86,9 +87,7 @@ impl Slab {
         if self.live_bit(segment, index) {
             return self.write(segment, index, 0, data);
         }
-        segment.reserve(4, META_WORDS * 8 + 3 * 8)?;
         self.occupy(segment, index)?;
-        // Nothing can be lost of an item that was not in use.
         segment.put(self.place(index), data);
         segment.unsum(&self.object, index)
     }
@@ -109,11 +108,17 @@ impl Slab {
         numbers
     }
 
-    /// Set an item's bit and its checksum, that of zeroes; counts it.
+    /// Set an item's bit and its checksum, that of zeroes; counts it. Its bytes are the caller's to write: they are
+    /// logged when they were in use at the last commit.
     fn occupy(&self, segment: &mut Segment, index: usize) -> Result<()> {
         let object = &self.object;
-        segment.reserve(3, META_WORDS * 8 + 2 * 8)?;
+        let lost = if segment.freed.contains(&(object.id, index)) { object.stride } else { 0 };
+        // One record and word more, for the checksum that `put_at` has made.
+        segment.reserve(5, META_WORDS * 8 + 3 * 8 + lost.next_multiple_of(8))?;
         segment.log_counters(object)?;
+        if lost > 0 {
+            segment.log(self.place(index), lost)?;
+        }
         let (live, used) = (segment.load(object.meta + META_LIVE), segment.load(object.meta + META_USED));
         segment.store(object.meta + META_LIVE, live.wrapping_add(1));
         segment.store(object.meta + META_USED, used.max(index as u64 + 1));

@@ -122,7 +122,6 @@ impl Table {
 
     fn insert(&self, segment: &mut Segment, position: usize, tag: u32, bytes: &[u8]) -> Result<usize> {
         let meta = self.object.meta;
-        segment.reserve(3, META_WORDS * 8 + 2 * HEAD)?;
         let (used, freed) = (segment.load(meta + META_USED), segment.load(meta + META_FREE));
         let slot = if freed != 0 {
             freed as usize - 1
@@ -134,9 +133,11 @@ impl Table {
             return damaged(format!("table {:?} claims {used} slots", self.object.spec.name));
         };
         let next = if freed != 0 { self.freed_after(segment, slot)? } else { 0 };
+        // A freed slot may hold a row that was deleted in this very poll, a new one nothing that could be lost.
+        let lost = if freed != 0 { self.object.stride } else { HEAD };
+        segment.reserve(3, META_WORDS * 8 + lost + 8)?;
         segment.log_counters(&self.object)?;
-        // What a slot that holds no row has after its head is nothing that could be lost.
-        segment.log(self.place(slot), HEAD)?;
+        segment.log(self.place(slot), lost)?;
         segment.put(self.place(slot), bytes);
         segment.write_word(self.index(position), u64::from(tag) << 32 | (slot as u64 + 1))?;
         if freed != 0 {
