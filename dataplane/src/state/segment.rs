@@ -200,6 +200,8 @@ impl Segment {
             }
         }
         self.frame.store(Word::LogLen as usize, 0);
+        // Whoever follows the changes may have been told by a predecessor that they are marked.
+        self.tracking = self.frame.get(Word::Tracking);
         self.forget();
         Ok(words)
     }

@@ -458,6 +458,21 @@ fn what_was_deleted_and_replaced_in_one_poll_comes_back() {
 }
 
 #[test]
+fn a_standby_marks_from_its_first_poll_on_what_its_predecessor_promised_to_mark() {
+    let fd = formatted();
+    let (mut predecessor, mut standby) = (open(&fd), open(&fd));
+    let table = Table::of(&standby, "rows").expect("table");
+    standby.track(true).expect("track");
+    predecessor.acknowledge();
+    drop(predecessor);
+    standby.recover().expect("recover");
+    table.put(&mut standby, &key(1), &[1; ROW]).expect("put");
+    standby.commit();
+    assert!(standby.tracked());
+    assert_eq!(standby.take_dirty(table.object()), [0]);
+}
+
+#[test]
 fn a_log_of_an_older_poll_is_never_undone() {
     let fd = formatted();
     let mut segment = open(&fd);
