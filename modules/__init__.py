@@ -1,15 +1,27 @@
-"""The SDK for module authors (`Module`, `Engine`, `ServerChannel`) and one package per shipped module."""
+"""The SDK for module authors (`Module`, `Engine`, `Schema`, ...) and one package per shipped module."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engine import Engine, ServerChannel
+    from .engine import Engine
+    from .migration import migrate
     from .module import Module
+    from .schema import Array, Schema, Slab, Table
+    from .serving import ServerChannel
 
-__all__ = ["Engine", "Module", "ServerChannel"]
+__all__ = ["Array", "Engine", "Module", "Schema", "ServerChannel", "Slab", "Table", "migrate"]
 
-_HOMES = {"Engine": ".engine", "Module": ".module", "ServerChannel": ".engine"}
+_HOMES = {
+    "Array": ".schema",
+    "Engine": ".engine",
+    "Module": ".module",
+    "Schema": ".schema",
+    "ServerChannel": ".serving",
+    "Slab": ".schema",
+    "Table": ".schema",
+    "migrate": ".migration",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from snap.dataplane.errors import DeadlineError, UnreachableError
+from snap.dataplane.errors import DeadlineError, NotFoundError, UnreachableError
 from snap.ipc import seqpacket
 from snap.ipc.protocol import (
     Caps,
@@ -54,6 +54,10 @@ class Link:
             seqpacket.send(self._sock, encode(message), fds)
         except OSError as error:
             raise UnreachableError(f"the kernel has gone: {error.strerror}") from error
+
+    def refuse(self, seq: int, message: str) -> None:
+        """Answer an order for something that is not here."""
+        self.send(Failure(seq=seq, code=NotFoundError.code, message=message))
 
     def receive(self) -> Received | None:
         """Wait for one datagram: an order, or None when it was an answer, which goes to who waits for it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import ModuleType
 from typing import NoReturn
@@ -12,6 +12,7 @@ from snap.dataplane.errors import NotRunningError, SnapError
 from snap.ipc.channel import Channel
 from snap.ipc.client import Client
 from snap.ipc.manifest import Manifest
+from snap.ipc.protocol import Keep
 from snap.ipc.requester import Requester
 
 from .engine import Engine
@@ -23,14 +24,21 @@ class Module:
     do something once before they poll. Neither hook may assume the main thread: that one serves the kernel."""
 
     def __init__(
-        self, manifest: Manifest, package: ModuleType, generation: int = 0, link: Requester | None = None
+        self,
+        manifest: Manifest,
+        package: ModuleType,
+        generation: int = 0,
+        link: Requester | None = None,
+        kept: Mapping[str, int] | None = None,
     ) -> None:
         self.manifest = manifest
         self.package = package
         self.generation = generation
         self.running: dict[str, Engine] = {}
         """The Python engines, by their name in the manifest; there when `on_start` runs."""
+        self._link = link
         self._client = None if link is None else Client(link)
+        self._kept = dict(kept or {})
 
     @property
     def name(self) -> str:
@@ -48,10 +56,30 @@ class Module:
         }
 
     def on_start(self) -> None:
-        """Runs once, after the engines are built and before they poll."""
+        """Runs once, after the engines are built and before they poll: while another generation may still serve."""
 
     def on_stop(self) -> None:
         """Runs once, after the engines stopped, within the kernel's grace period."""
+
+    def health(self) -> str:
+        """What is wrong with this module, in words; empty when it is well. Asked for once a second while an
+        upgrade to it proves itself, on a thread of its own: it may look at the engines' attributes, not at
+        their state."""
+        return ""
+
+    def keep(self, name: str, fd: int | None) -> None:
+        """Have the kernel keep `fd` (a port, a socket, a file) for the generations to come, under `name`, or forget
+        what it kept (None). From any thread; `fd` stays yours. Raises NotRunningError without a kernel."""
+        if self._link is None:
+            raise NotRunningError(
+                "this module runs without a kernel", "in tests, pass kept={...} to the Module"
+            )
+        self._link.send(Keep(name=name), [] if fd is None else [fd])
+
+    def kept(self, name: str) -> int | None:
+        """The descriptor that an earlier generation kept as `name`, None when there is none. It is this
+        process's own, the same at every call."""
+        return self._kept.get(name)
 
     def connect(self, service: str, timeout: float = 10.0) -> Channel:
         """A channel to `service`, which the manifest requires, waiting up to `timeout` seconds until it is ready.
