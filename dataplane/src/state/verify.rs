@@ -27,7 +27,7 @@ const TRIES: usize = 3;
 pub fn verify(frame: &Frame) -> Result<Vec<String>> {
     let mut check = Check { frame, pending: HashSet::new(), unfinished: false, wrong: Vec::new() };
     match check.all() {
-        Err(StateError::Damaged(what)) => check.complain(what),
+        Err(StateError::Damaged(what) | StateError::Schema(what)) => check.complain(what),
         other => other?,
     }
     check.wrong.truncate(MOST);
