@@ -16,7 +16,7 @@ export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-rust lint bench wheel install clean FORCE
+.PHONY: help demo test test-python test-rust torture lint bench wheel install clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test-python: $(VENV)/installed-test ## pytest alone (ARGS="-k ring -x")
 test-rust: $(VENV)/ready ## the crate's tests, then the rings under loom's model checker
 	cargo test --release --quiet $(CRATE) --no-default-features
 	RUSTFLAGS="--cfg loom" cargo test --release --quiet $(CRATE) --no-default-features --target-dir dataplane/target/loom --test 'loom_*'
+
+torture: $(VENV)/installed-test ## upgrades, kills and faults under load, checked by a ledger (ARGS="--events 1000 --seed 7")
+	@$(BIN)/python -m tests.torture $(ARGS)
 
 lint: $(VENV)/installed-lint ## ruff, mypy --strict, rustfmt, clippy
 	$(BIN)/ruff check .
