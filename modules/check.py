@@ -1,14 +1,16 @@
-"""`python -m snap.modules.check PATH`: is this directory a module that a kernel could run? Problems as JSON on stdout.
+"""`python -m snap.modules.check PATH`: is this directory a module that a kernel could run? Problems as JSON on
+stdout.
 
     {"path": "/...", "module": "echo", "problems": [{"stage": "import", "message": "...", "hint": "..."}]}
 
-`stage` is manifest, import, or engine. Exits 0 without problems, 1 with some, 2 when called without a path. The
-module's code runs in a process of its own with a time limit, so that nothing it does reaches the caller.
-"""
+`stage` is manifest, import, engine, or state (its schema against the manifest). Exits 0 without problems, 1
+with some, 2 when called without a path. The module's code runs in a process of its own with a time limit, so
+that nothing it does reaches the caller."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import traceback
@@ -18,13 +20,16 @@ from typing import Final
 import msgspec
 
 from snap.dataplane import _native
-from snap.dataplane.errors import ManifestError, SnapError
+from snap.dataplane._native import State
+from snap.dataplane.errors import ManifestError, SnapError, StateFullError
 from snap.ipc import manifest as manifests
 from snap.ipc.manifest import Manifest
 
 from .engine import Engine
 from .loading import load_class, load_package
+from .migration import check_methods
 from .module import Module
+from .preparing import EngineCode, check_version
 
 IMPORT_LIMIT: Final = 20.0
 """Seconds that importing a module may take."""
@@ -114,6 +119,7 @@ def probe(path: Path) -> list[Problem]:
     if manifest.module.entry is not None:
         targets.append((manifest.module.entry, Module))
     problems = []
+    found_classes: dict[str, type] = {}
     for target, base in targets:
         try:
             found = load_class(package, target, base)
@@ -126,7 +132,39 @@ def probe(path: Path) -> list[Problem]:
                 problems.append(
                     Problem("engine", f"{target!r} has no poll", "define poll(self, budget) -> int")
                 )
+            found_classes[target] = found
+    return problems + _look_at_states(manifest, found_classes)
+
+
+def _look_at_states(manifest: Manifest, classes: dict[str, type]) -> list[Problem]:
+    """Does what the engines keep agree with the manifest, and fit?"""
+    problems = []
+    for name, table in manifest.engines.items():
+        code = EngineCode(manifest.name, name, table, classes.get(table.class_))
+        if table.native is not None or code.engine is None:
+            continue
+        try:
+            check_version(manifest, {name: code})
+            check_methods(code.engine)
+            _try_format(code)
+        except SnapError as error:
+            problems.append(Problem.of("state", error))
     return problems
+
+
+def _try_format(code: EngineCode) -> None:
+    own = code.state_schema()
+    fd = os.memfd_create("snap-check", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, code.table.state_bytes + State.MIN_BYTES)
+        State.format(fd, code.name, own.name, own.version, own.oldest, code.specs())
+    except StateFullError as error:
+        raise StateFullError(
+            f"engines.{code.name}.state is {code.table.state}: {error.message}",
+            "raise it, or lower a capacity",
+        ) from None
+    finally:
+        os.close(fd)
 
 
 def _where(error: BaseException) -> str:

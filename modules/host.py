@@ -1,12 +1,13 @@
 """The process of a module: `python -m snap.modules.host`, with its link to the kernel in `SNAP_LINK_FD`.
 
-The main thread serves the link and does nothing that can take long. Importing, building and starting the module
-run on a thread of their own, and so does each engine: a module that hangs in its import or in a poll still answers
-its kernel, and still ends when the kernel has gone.
+The main thread serves the link and does nothing that can take long. Importing and building the module run on a thread
+of their own, and so do making an engine ready and each engine itself: a module that hangs anywhere still answers its
+kernel, and still ends when the kernel has gone for good.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import signal
@@ -21,40 +22,35 @@ from types import ModuleType
 from typing import Final, NoReturn
 
 import setproctitle
+import sysv_ipc  # type: ignore[import-not-found]
 
-from snap.dataplane import _native
-from snap.dataplane.errors import (
-    NotFoundError,
-    ProtocolError,
-    ResourceError,
-    SnapError,
-    UnreachableError,
-    UsageError,
-)
-from snap.ipc import seqpacket
-from snap.ipc.manifest import EngineTable, Manifest, from_builtins
+from snap.dataplane.errors import ProtocolError, SnapError, UnreachableError, UsageError
+from snap.ipc import faults, seqpacket
+from snap.ipc.manifest import Manifest, from_builtins
 from snap.ipc.protocol import (
     Attach,
-    Attached,
     Broken,
+    Check,
     Configure,
     Detach,
-    Dropped,
-    Failure,
-    Serving,
+    Health,
+    Holding,
+    Loaded,
+    Prepare,
+    Report,
     Started,
     Stop,
+    Yield,
 )
 
-from .engine import Engine, ServerChannel
 from .link import Link
 from .loading import load_class, load_package
 from .module import Module
-from .worker import PythonWorker, Runner
+from .preparing import EngineCode, check_version
+from .seats import Seat
 
 LINK_FD: Final = "SNAP_LINK_FD"
 _STANDARD: Final = 3
-_WAITS: Final = {"spin": _native.SPIN, "adaptive": _native.ADAPTIVE, "blocking": _native.BLOCK}
 _KERNEL_GONE_GRACE: Final = 2.0
 _TRACEBACK: Final = 16_384
 """Characters of a traceback that fit a message whatever they are; its end says most."""
@@ -63,70 +59,73 @@ _TRACEBACK: Final = 16_384
 class Host:
     """Serves one module's link until it ends; `run` never returns."""
 
-    def __init__(self, link: Link, order: Configure, gate_fd: int, stats_fd: int) -> None:
+    def __init__(self, link: Link, order: Configure, gate_fd: int, stats_fd: int, kept: list[int]) -> None:
         self.link = link
         self.order = order
-        self.workers: dict[str, Runner] = {}
-        self._gate_fd, self._stats_fd = gate_fd, stats_fd
+        self.gate_fd = gate_fd
+        self.stats_fd = stats_fd
+        self.seats: dict[str, Seat] = {}
+        self.selector = selectors.DefaultSelector()
+        self._kept = dict(zip(order.kept, kept, strict=True))
         self._module: Module | None = None
-        self._served: dict[int, str] = {}
-        self._selector = selectors.DefaultSelector()
         self._posted: deque[Callable[[], None]] = deque()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._checking: threading.Thread | None = None
         self._stopped = False
 
     def run(self) -> NoReturn:
-        self._selector.register(self.link, selectors.EVENT_READ, self._serve_link)
-        self._selector.register(self._bell, selectors.EVENT_READ, self._serve_posted)
-        threading.Thread(target=self._start, name="start", daemon=True).start()
+        self.selector.register(self.link, selectors.EVENT_READ, self._serve_link)
+        self.selector.register(self._bell, selectors.EVENT_READ, self._serve_posted)
+        threading.Thread(target=self._load, name="load", daemon=True).start()
         try:
             while True:
-                for key, _ in self._selector.select():
+                for key, _ in self.selector.select():
                     key.data()
         except UnreachableError:
-            self._stop(_KERNEL_GONE_GRACE)
+            # The kernel, and whoever keeps things for the next one, have gone: nobody else will tidy up.
+            self._stop(_KERNEL_GONE_GRACE, tidy=True)
         except SnapError as error:
             print(f"module {self.order.name!r}: {type(error).__name__}: {error}", file=sys.stderr)
             self._stop(_KERNEL_GONE_GRACE, code=1)
 
-    # -- on the starting thread -----------------------------------------------------------------------------
+    def post(self, action: Callable[[], None]) -> None:
+        """From any thread: run `action` on the main one."""
+        self._posted.append(action)
+        os.eventfd_write(self._bell, 1)
 
-    def _start(self) -> None:
+    # -- on the loading thread ------------------------------------------------------------------------------
+
+    def _load(self) -> None:
         stage = "import"
         try:
             manifest = from_builtins(self.order.manifest, f"manifest of {self.order.name}")
             package = load_package(Path(self.order.path), self.order.name)
-            module = _module_class(package, manifest)(manifest, package, self.order.generation, self.link)
+            module = _module_class(package, manifest)(
+                manifest, package, self.order.generation, self.link, self._kept
+            )
             stage = "start"
             module.running = module.engines()
             for name, engine in module.running.items():
                 engine.module, engine.name = module, name
-            module.on_start()
-            workers = {
-                name: self._worker(index, name, table, module.running.get(name))
-                for index, (name, table) in enumerate(manifest.engines.items())
+            codes = {
+                name: EngineCode(module.name, name, table, module.running.get(name))
+                for name, table in manifest.engines.items()
             }
+            for name, code in codes.items():
+                if code.table.native is None and code.engine is None:
+                    raise UsageError(
+                        f"engines() of module {self.order.name!r} built no {name!r}",
+                        "return one per manifest entry",
+                    )
+            stage = "load"
+            check_version(manifest, codes)
+            stage = "start"
+            module.on_start()
         except BaseException as error:
-            broken = Broken(
-                stage=stage, error=_in_a_line(error), traceback=traceback.format_exc()[-_TRACEBACK:]
-            )
-            self._post(lambda: self._break(broken))
+            broken = broken_by(stage, error)
+            self.post(lambda: self.fail(broken))
         else:
-            self._post(lambda: self._serve(module, workers))
-
-    def _worker(self, index: int, name: str, table: EngineTable, engine: Engine | None) -> Runner:
-        if table.native is not None:
-            return _native.Worker(name, table.native, self._stats_fd, index, table.budget, _WAITS[table.wait])
-        if engine is None:
-            raise UsageError(
-                f"engines() of module {self.order.name!r} built no {name!r}", "return one per manifest entry"
-            )
-        stats = _native.StatsPage(self._stats_fd, True)
-        return PythonWorker(name, engine, stats, index, table.budget, _WAITS[table.wait])
-
-    def _post(self, action: Callable[[], None]) -> None:
-        self._posted.append(action)
-        os.eventfd_write(self._bell, 1)
+            self.post(lambda: self._loaded(module, codes))
 
     # -- on the main thread ---------------------------------------------------------------------------------
 
@@ -135,28 +134,11 @@ class Host:
         while self._posted:
             self._posted.popleft()()
 
-    def _serve(self, module: Module, workers: dict[str, Runner]) -> None:
-        self._module, self.workers = module, workers
-        for name, worker in workers.items():
-            self._selector.register(
-                worker.fileno(),
-                selectors.EVENT_READ,
-                lambda name=name, worker=worker: self._serve_news(name, worker),
-            )
-        self.link.send(Serving(engines=list(workers)))
-
-    def _serve_news(self, name: str, worker: Runner) -> None:
-        faults = worker.take_faults()
-        for channel, reason in faults:
-            if self._served.pop(channel, None) is not None:
-                self.link.send(Dropped(channel=channel, reason=reason))
-        if not worker.alive:
-            # A Python engine leaves a traceback; a Rust engine's panic comes as the last fault, of no channel.
-            crash = (
-                worker.crash if isinstance(worker, PythonWorker) else faults[-1][1] if faults else "it ended"
-            )
-            last = crash.strip().rpartition("\n")[2]
-            self._break(Broken(stage="run", error=f"engine {name}: {last}", traceback=crash[-_TRACEBACK:]))
+    def _loaded(self, module: Module, codes: dict[str, EngineCode]) -> None:
+        self._module = module
+        self.seats = {name: Seat(self, code, index) for index, (name, code) in enumerate(codes.items())}
+        faults.reach("module.loaded")
+        self.link.send(Loaded(schemas={name: code.state_schema() for name, code in codes.items()}))
 
     def _serve_link(self) -> None:
         received = self.link.receive()
@@ -164,89 +146,107 @@ class Host:
             return
         message, fds = received
         try:
-            if isinstance(message, Attach):
-                self._attach(message, fds)
-            elif isinstance(message, Detach):
-                self._detach(message.channel)
-            elif isinstance(message, Stop):
-                self._stop(message.grace)
-            else:
-                raise ProtocolError(f"{type(message).__name__} is out of place on a module's link")
+            self._obey(message, fds)
         finally:
             seqpacket.close_all(fds)
 
-    def _attach(self, order: Attach, fds: list[int]) -> None:
-        try:
-            worker = self.workers.get(order.engine)
-            if worker is None:
-                raise NotFoundError(f"module {self.order.name!r} runs no engine {order.engine!r}")
-            worker.attach(order.channel, server_channel(order, fds, self._gate_fd))
-        except SnapError as error:
-            self.link.send(Failure(seq=order.seq, code=error.code, message=error.message, hint=error.hint))
-        except ValueError as error:
-            self.link.send(Failure(seq=order.seq, code=UsageError.code, message=str(error)))
+    def _obey(self, message: object, fds: list[int]) -> None:
+        if isinstance(message, Attach):
+            seat = self.seats.get(message.engine)
+            if seat is None:
+                self.link.refuse(message.seq, f"module {self.order.name!r} runs no engine {message.engine!r}")
+            else:
+                seat.attach(message, fds)
+        elif isinstance(message, Detach):
+            for seat in self.seats.values():
+                seat.detach(message.channel)
+        elif isinstance(message, Prepare):
+            self._seat(message.engine).prepare(message, fds)
+        elif isinstance(message, Yield):
+            self._seat(message.engine).hand_over(message.retire)
+        elif isinstance(message, Check):
+            self._check(message.seq)
+        elif isinstance(message, Report):
+            self._report(message.seq)
+        elif isinstance(message, Stop):
+            self._stop(message.grace)
         else:
-            self._served[order.channel] = order.engine
-            self.link.send(Attached(seq=order.seq, channel=order.channel))
+            raise ProtocolError(f"{type(message).__name__} is out of place on a module's link")
 
-    def _detach(self, channel: int) -> None:
-        engine = self._served.pop(channel, None)
-        # Unknown: the engine dropped it while the order was under way.
-        if engine is not None:
-            self.workers[engine].detach(channel)
+    def _seat(self, engine: str) -> Seat:
+        seat = self.seats.get(engine)
+        if seat is None:
+            raise ProtocolError(f"module {self.order.name!r} has loaded no engine {engine!r}")
+        return seat
 
-    def _break(self, broken: Broken) -> NoReturn:
+    def _report(self, seq: int) -> None:
+        names = self.order.manifest["engines"]
+        engines = {name: self.seats[name].stage if name in self.seats else "loading" for name in names}
+        channels = {
+            order.channel: order.generation for seat in self.seats.values() for order in seat.orders()
+        }
+        self.link.send(
+            Holding(
+                seq=seq,
+                name=self.order.name,
+                generation=self.order.generation,
+                pid=os.getpid(),
+                engines=engines,
+                channels=channels,
+            )
+        )
+
+    def _check(self, seq: int) -> None:
+        if self._checking is not None and self._checking.is_alive():
+            self.link.send(Health(seq=seq, reason="the last health() has not returned yet"))
+            return
+        # On a thread: it is the author's, and may wait.
+        self._checking = threading.Thread(target=self._examine, args=(seq,), name="health", daemon=True)
+        self._checking.start()
+
+    def _examine(self, seq: int) -> None:
+        try:
+            reason = "it has not loaded yet" if self._module is None else self._module.health()
+        except Exception as error:
+            reason = f"health(): {_in_a_line(error)}"
+        with contextlib.suppress(UnreachableError):
+            self.link.send(Health(seq=seq, reason=reason))
+
+    def fail(self, broken: Broken) -> NoReturn:
+        """The module cannot go on: say why, and end."""
         print(broken.traceback or broken.error, file=sys.stderr)
-        self.link.send(broken)
+        with contextlib.suppress(UnreachableError):
+            self.link.send(broken)
         _exit(1)
 
-    def _stop(self, grace: float, code: int = 0) -> NoReturn:
+    def _stop(self, grace: float, code: int = 0, tidy: bool = False) -> NoReturn:
         # On a thread: neither an engine nor on_stop may outlast the grace period.
         thread = threading.Thread(target=self._wind_down, args=(grace,), name="stop", daemon=True)
         thread.start()
         thread.join(grace)
         if not self._stopped:
             print(f"module {self.order.name!r} did not stop within {grace} s", file=sys.stderr)
+        if tidy:
+            for seat in self.seats.values():
+                _remove(seat.semaphore)
         _exit(code if self._stopped else 1)
 
     def _wind_down(self, grace: float) -> None:
-        for worker in self.workers.values():
-            worker.stop(grace)
+        for seat in self.seats.values():
+            seat.stop(grace)
         if self._module is not None:
             self._module.on_stop()
         self._stopped = True
 
 
-def server_channel(order: Attach, fds: list[int], gate_fd: int) -> ServerChannel:
-    """Map the engine's end of the channel that `order` describes; the descriptors stay the caller's.
+def broken_by(stage: str, error: BaseException) -> Broken:
+    return Broken(stage=stage, error=_in_a_line(error), traceback=traceback.format_exc()[-_TRACEBACK:])
 
-    Raises ResourceError when there was no room for them, ProtocolError for another number than five, and what
-    `Endpoint` raises.
-    """
-    if not fds:
-        raise ResourceError(
-            "the module is out of descriptors", "raise resources.descriptors in its module.toml"
-        )
-    if len(fds) != 5:
-        raise ProtocolError(f"Attach came with {len(fds)} descriptors instead of 5")
-    ring, up, down, server_bell, client_bell = fds
-    return ServerChannel.make(
-        _native.SERVER,
-        ring,
-        up,
-        down,
-        order.slots,
-        order.up_bytes,
-        order.down_bytes,
-        (server_bell, client_bell),
-        order.generation,
-        gate_fd,
-        order.gate_index,
-        id=order.channel,
-        service=order.service,
-        badge=order.badge,
-        rights=frozenset(order.rights),
-    )
+
+def _remove(semaphore: int) -> None:
+    if semaphore >= 0:
+        with contextlib.suppress(sysv_ipc.ExistentialError, sysv_ipc.PermissionsError):
+            sysv_ipc.remove_semaphore(semaphore)
 
 
 def _module_class(package: ModuleType, manifest: Manifest) -> type[Module]:
@@ -300,13 +300,13 @@ def configured(link: Link) -> Host:
     """
     received = link.receive()
     order, fds = received or (None, [])
-    if not isinstance(order, Configure) or len(fds) != 2:
+    if not isinstance(order, Configure) or len(fds) != 2 + len(order.kept):
         raise ProtocolError(
-            f"first comes {type(order).__name__} with {len(fds)} descriptors, not Configure with 2"
+            f"first comes {type(order).__name__} with {len(fds)} descriptors, not Configure with all of its own"
         )
     setproctitle.setproctitle(f"snap: module {order.name}")
     link.send(Started(pid=os.getpid()))
-    return Host(link, order, *fds)
+    return Host(link, order, fds[0], fds[1], fds[2:])
 
 
 if __name__ == "__main__":

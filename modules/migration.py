@@ -74,9 +74,11 @@ class Migration:
             if old is not None:
                 self._movers.append(_mover(source, target, old, spec, convert))
 
-    def build(self) -> None:
-        """Convert in the background. When no engine answers, `finish` will do all of it."""
+    def build(self, asked: Callable[[], object] = lambda: None) -> None:
+        """Convert in the background. When no engine answers, `finish` will do all of it. `asked` runs after
+        the engine was asked to mark its changes (tests have no other process that would answer)."""
         self.source.track(True)
+        asked()
         if not self._acknowledged():
             return
         self._convert_all()
@@ -374,6 +376,20 @@ def _rule(old: Any, about: Object, method: F | None) -> Callable[[Rows], Rows]:
         return after.view(np.uint8).reshape(len(rows), after.itemsize)
 
     return convert
+
+
+def check_methods(engine: Any) -> None:
+    """Raises SchemaError for a `migrate` method of an engine (or its class) that its schema has no use for."""
+    schema: Schema = engine.schema or Schema()
+    for attribute in dir(engine):
+        for name, begin, end in getattr(getattr(engine, attribute), _MARK, ()):
+            if name not in schema.objects:
+                raise SchemaError(f"@migrate({name!r}, {begin}, {end}): the schema has no such object")
+            if end != schema.version:
+                raise SchemaError(
+                    f"@migrate({name!r}, {begin}, {end}): the schema is of version {schema.version}",
+                    "a migration leads to the version of the code that it is in",
+                )
 
 
 def _methods(engine: Any, source: int, target: int) -> dict[str, F]:

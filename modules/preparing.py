@@ -31,12 +31,13 @@ _EVERY: Final = 0.1
 
 @dataclass(frozen=True)
 class EngineCode:
-    """One engine of a module, of either language: `engine` is None for a Rust one."""
+    """One engine of a module, of either language: `engine` is None for a Rust one (and may be a class where
+    nothing is to be migrated)."""
 
     module: str
     name: str
     table: EngineTable
-    engine: Engine | None
+    engine: Engine | type[Engine] | None
 
     def state_schema(self) -> StateSchema:
         if self.table.native is not None:
@@ -52,7 +53,7 @@ class EngineCode:
 
     @property
     def _schema(self) -> Schema:
-        return (self.engine and self.engine.schema) or Schema()
+        return Schema() if self.engine is None or self.engine.schema is None else self.engine.schema
 
     def check_same(self, state: State) -> None:
         """Raises SchemaError unless `state` is exactly of this code's schema."""

@@ -7,270 +7,74 @@ The rings are the real ones, on nameless memory; nothing here starts a thread or
             client = harness.attach().client
             client.send(b"hello")
             harness.run()
+            upgrade(harness, PyEcho)
             assert client.try_recv() == b"hello"
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
-import random
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
-from snap.dataplane import _native
+from snap.dataplane._native import State
+from snap.dataplane.errors import ChannelError
 from snap.ipc import manifest as manifests
-from snap.ipc.channel import Channel
 
-from .engine import Engine, ServerChannel
+from .engine import Engine
 from .loading import load_class, load_package
-from .worker import Turns
+from .migration import Migration, converter
+from .preparing import verify
+from .rigs import NS, RIGHTS, ChannelPair, FaultInjector, VirtualClock, channel_pair, memory
+from .schema import Schema, Slab, Table
+from .turns import Taking, Turns
 
-RIGHTS: Final = frozenset({"connect", "send", "recv"})
-_NS: Final = 1_000_000_000
+__all__ = [
+    "RIGHTS",
+    "ChannelPair",
+    "EngineHarness",
+    "FaultInjector",
+    "VirtualClock",
+    "channel_pair",
+    "crash",
+    "load_engine",
+    "upgrade",
+]
 
-
-class VirtualClock:
-    """Time that passes only when told to. Calling it gives nanoseconds, as `Engine.clock` wants."""
-
-    def __init__(self, seconds: float = 1.0) -> None:
-        self._now = round(seconds * _NS)
-
-    def __call__(self) -> int:
-        return self._now
-
-    def advance(self, seconds: float) -> None:
-        """Let `seconds` pass. Raises ValueError for negative ones: this clock is monotonic too."""
-        if seconds < 0:
-            raise ValueError(f"a monotonic clock cannot go back {-seconds} s")
-        self._now += round(seconds * _NS)
-
-
-class ChannelPair:
-    """Both ends of a channel in this process, and the kernel's hold on it. Close it, or use it in `with`."""
-
-    client: Channel
-    server: ServerChannel
-    descriptors: tuple[int, ...]
-    """As an `Attach` carries them: ring, up, down, server bell, client bell."""
-
-    def __init__(
-        self,
-        slots: int = 256,
-        up_bytes: int = 1 << 20,
-        down_bytes: int = 1 << 20,
-        *,
-        id: int = 1,
-        service: str = "test",
-        badge: str = "test",
-        rights: Iterable[str] = RIGHTS,
-    ) -> None:
-        sizes = {
-            "ring": _native.ring_bytes(slots),
-            "up": up_bytes,
-            "down": down_bytes,
-            "gate": _native.Gate.BYTES,
-        }
-        self._fds: list[int] = []
-        try:
-            ring, up, down, gate = (self._keep(_memory(name, size)) for name, size in sizes.items())
-            bells = (self._keep(_bell()), self._keep(_bell()))
-            self._ring, self._ring_bytes = ring, sizes["ring"]
-            self.descriptors = (ring, up, down, *bells)
-            self._control = _native.ChannelControl(ring, slots, bells)
-            self._control.init(id, 1)
-            self._gate = _native.Gate(gate)
-            self._gate.open(0, 1)
-            geometry = (ring, up, down, slots, up_bytes, down_bytes, bells, 1)
-            kept = frozenset(rights)
-            self.client = Channel.make(_native.CLIENT, *geometry, id=id, service=service, rights=kept)
-            self.server = ServerChannel.make(
-                _native.SERVER,
-                *geometry,
-                gate,
-                0,
-                id=id,
-                service=service,
-                badge=badge,
-                rights=kept,
-            )
-        except BaseException:
-            self._close_fds()
-            raise
-
-    def revoke(self, reason: str = "revoked by the test") -> None:
-        """Do what the kernel does when the client's capability is revoked."""
-        self._gate.shut(0)
-        self._control.set_state("revoked", reason)
-
-    def leave(self) -> None:
-        """Be a client whose process leaves: the engine's end learns that its peer is gone."""
-        self._control.set_state("gone", "the test's client left")
-
-    def scribble(self, seed: int) -> None:
-        """Be a hostile client: fill the whole ring segment with random bytes, repeatable by `seed`."""
-        os.pwrite(self._ring, random.Random(seed).randbytes(self._ring_bytes), 0)
-
-    def close(self) -> None:
-        """Unmap everything; idempotent."""
-        self.client.close()
-        self.server.close()
-        self._control.close()
-        self._gate.close()
-        self._close_fds()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _keep(self, fd: int) -> int:
-        self._fds.append(fd)
-        return fd
-
-    def _close_fds(self) -> None:
-        while self._fds:
-            os.close(self._fds.pop())
-
-
-def channel_pair(
-    slots: int = 256, up_bytes: int = 1 << 20, down_bytes: int = 1 << 20, *, badge: str = "test"
-) -> ChannelPair:
-    """A connected pair of endpoints: `pair.client` and `pair.server`.
-
-    `slots` is a power of two from 64; the pools' sizes are bytes, the client writes `up`. Raises ValueError.
-    """
-    return ChannelPair(slots, up_bytes, down_bytes, badge=badge)
-
-
-class FaultInjector:
-    """A client of `pair` that misbehaves, each time with the given probability; `seed` repeats a run exactly.
-
-    `drop` loses a message, `duplicate` sends it twice, `corrupt` flips one of its bits, `delay` holds it back for up to
-    `max_delay` seconds of `clock` (so that later ones overtake it), `stall` stops reading answers for a while,
-    `close` dies. What was done is in `log`; the seed is printed, and pytest shows it when the test fails.
-    """
-
-    def __init__(
-        self,
-        pair: ChannelPair,
-        clock: VirtualClock,
-        seed: int | None = None,
-        *,
-        drop: float = 0.0,
-        duplicate: float = 0.0,
-        corrupt: float = 0.0,
-        delay: float = 0.0,
-        stall: float = 0.0,
-        close: float = 0.0,
-        max_delay: float = 0.1,
-    ) -> None:
-        self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
-        print(f"FaultInjector(seed={self.seed})")
-        self.pair = pair
-        self.log: list[str] = []
-        self.closed = False
-        self._clock = clock
-        self._random = random.Random(self.seed)
-        self._chances = {
-            "drop": drop,
-            "duplicate": duplicate,
-            "corrupt": corrupt,
-            "delay": delay,
-            "close": close,
-        }
-        self._stall, self._max_delay = stall, max_delay
-        self._stalled = 0
-        self._order = itertools.count()
-        self._held: list[tuple[int, int, bytes]] = []
-
-    def send(self, message: bytes) -> str:
-        """Send `message`, or do to it what chance says; returns what was done: send, drop, duplicate, corrupt, delay
-        or close. After a close nothing is sent. Raises FullError when the engine left no room."""
-        self.deliver()
-        action = self._choose()
-        self.log.append(action)
-        if action == "close":
-            self.closed = True
-            self.pair.leave()
-        elif action == "delay":
-            due = self._clock() + round(self._random.uniform(0, self._max_delay) * _NS)
-            self._held.append((due, next(self._order), message))
-        elif action == "corrupt":
-            self._put(self._flip(message))
-        elif action != "drop":
-            for _ in range(2 if action == "duplicate" else 1):
-                self._put(message)
-        return action
-
-    def deliver(self) -> int:
-        """Send the delayed messages that are due by the clock; returns how many."""
-        due = sorted(held for held in self._held if held[0] <= self._clock())
-        for held in due:
-            self._held.remove(held)
-            self._put(held[2])
-        return len(due)
-
-    def rest(self) -> None:
-        """Be a good client from now on: send what was held back, read again, and inject nothing more."""
-        for held in sorted(self._held):
-            self._put(held[2])
-        self._held.clear()
-        self._chances, self._stall, self._stalled = {}, 0.0, 0
-
-    def receive(self) -> list[bytes]:
-        """The answers that are there; none while the client stalls."""
-        if self.closed:
-            return []
-        if self._stalled == 0 and self._random.random() < self._stall:
-            self._stalled = self._random.randint(1, 8)
-            self.log.append("stall")
-        if self._stalled:
-            self._stalled -= 1
-            return []
-        answers: list[bytes] = []
-        while burst := self.pair.client.recv_many(256, timeout=0):
-            answers += burst
-        return answers
-
-    def _choose(self) -> str:
-        if self.closed:
-            return "close"
-        draw = self._random.random()
-        for action, chance in self._chances.items():
-            if draw < chance:
-                return action
-            draw -= chance
-        return "send"
-
-    def _flip(self, message: bytes) -> bytes:
-        if not message:
-            return b"\0"
-        flipped = bytearray(message)
-        flipped[self._random.randrange(len(flipped))] ^= 1 << self._random.randrange(8)
-        return bytes(flipped)
-
-    def _put(self, message: bytes) -> None:
-        if not self.closed:
-            self.pair.client.send(message, timeout=0)
+_GIVE_UP: Final = 64
+"""Polls taken back, one after the other, before the harness lets a client that leaves no room be."""
 
 
 class EngineHarness:
-    """Runs one engine by hand, without threads: the same turns as in a worker, one after the other.
+    """Runs one engine by hand, without threads: the same turns as in a worker, one after the other, on a state
+    segment of its own.
 
     Leaving `with` reads what clients left unread, asserts that the engine gave back every payload and sent or
-    released every loan, and detaches the clients.
+    released every loan, that its state passes every check, and takes the clients away.
     """
 
-    def __init__(self, engine: Engine, budget: int = 64, clock: VirtualClock | None = None) -> None:
-        self.engine = engine
+    def __init__(
+        self,
+        engine: Engine,
+        budget: int = 64,
+        clock: VirtualClock | None = None,
+        *,
+        state_bytes: int | None = None,
+    ) -> None:
         self.clock = clock or VirtualClock()
         self.pairs: list[ChannelPair] = []
-        self._turns = Turns(engine, budget)
+        self.generation = 0
+        self._budget, self._state_bytes = budget, state_bytes
         self._numbers = itertools.count(1)
-        engine.clock = self.clock
+        self._serving: list[ChannelPair] = []
+        self._faults: dict[int, str] = {}
+        self._segment = self._blank(engine)
+        self._take(engine, State(self._segment))
+
+    # -- clients and turns ----------------------------------------------------------------------------------
 
     def attach(
         self,
@@ -288,53 +92,151 @@ class EngineHarness:
             slots, up_bytes, down_bytes, id=number, service=service, badge=badge, rights=rights
         )
         self.pairs.append(pair)
+        self._serving.append(pair)
         self._turns.attach(pair.server)
         return pair
 
     def detach(self, pair: ChannelPair) -> None:
         """Take a client away, as the kernel does when it closes its channel."""
+        self._serving.remove(pair)
         self._turns.detach(pair.server.id)
 
     @property
     def dropped(self) -> dict[int, str]:
         """Channels (by `pair.server.id`) that were dropped because they failed, with the reason."""
-        return dict(self._turns.faults)
+        return dict(self._faults)
 
     def turn(self) -> int:
         """One turn; returns the work done. Raises whatever the engine raises, but a failed channel's own error."""
-        return self._turns.turn()
+        self._turns.resume()
+        done = self._turns.turn()
+        while self._turns.faults:
+            number, reason = self._turns.faults.popleft()
+            self._faults[number] = reason
+            self._serving = [pair for pair in self._serving if pair.server.id != number]
+        return done
 
     def run(self, limit: int = 10_000) -> int:
         """Turns until one does nothing; returns the work done. Raises AssertionError after `limit` turns."""
-        total = 0
+        total = idle = 0
         for _ in range(limit):
+            taken_back = self._turns.taken_back
             done = self.turn()
             if done == 0:
                 return total
-            total += done
+            if self._turns.taken_back == taken_back:
+                total, idle = total + done, 0
+            elif (idle := idle + 1) > _GIVE_UP:
+                return total  # only clients that leave no room have work left
         raise AssertionError(f"{type(self.engine).__name__} still finds work after {limit} turns")
 
     def advance(self, seconds: float) -> int:
         """Let `seconds` pass, stopping at each of the engine's timers to run it; returns the work done."""
-        end = self.clock() + round(seconds * _NS)
+        end = self.clock() + round(seconds * NS)
         total = self.run()
         while (left := end - self.clock()) > 0:
             timer = self.engine.wake_after()
-            step = left if timer is None else min(left, max(1, round(timer * _NS)))
-            self.clock.advance(step / _NS)
+            step = left if timer is None else min(left, max(1, round(timer * NS)))
+            self.clock.advance(step / NS)
             total += self.run()
         return total
 
+    # -- generations ----------------------------------------------------------------------------------------
+
+    def contents(self) -> dict[str, Any]:
+        """All that the state holds, object by object, to be compared."""
+        state = self.engine.state
+        found: dict[str, Any] = {}
+        for name, about in (self.engine.schema or Schema()).objects.items():
+            one = getattr(state, name)
+            if isinstance(about, Table):
+                found[name] = {key: row.tobytes() for key, row in one.items()}
+            elif isinstance(about, Slab):
+                found[name] = {number: one[number].tobytes() for number in one}
+            else:
+                found[name] = one[:].tobytes()
+        return found
+
+    def upgrade(self, engine: Engine | type[Engine]) -> Taking:
+        """Hand state and clients over to another engine, migrating when its schema is of another version: what
+        `snapctl upgrade` does. Raises SchemaError, StateDamagedError and what the engine raises; the old
+        engine has gone on then, as it would."""
+        successor = engine() if isinstance(engine, type) else engine
+        successor.module, successor.name = self.engine.module, self.engine.name
+        segment, migration = self._segment, None
+        try:
+            if self._schema(successor).version == self._state.header["version"]:
+                state = State(segment)
+                self._schema(successor).check_same(state.header)
+                verify(state)
+            else:
+                convert = converter(successor, self._schema(successor), self._state.header)
+                segment = self._blank(successor)
+                state, source = State(segment), State(self._segment)
+                state.set_phase("building")
+                verify(source)
+                migration = Migration(source, state, convert)
+                migration.build(self._turns.acknowledge)
+        except BaseException:
+            if segment != self._segment:
+                os.close(segment)
+            raise
+        self._turns.hand_over()
+        taking = self._take(successor, state, migration)
+        if segment != self._segment:
+            os.close(self._segment)
+            self._segment = segment
+        return taking
+
+    def crash(self, engine: Engine | type[Engine] | None = None) -> Taking:
+        """Let the engine die at the end of its next poll, before anything of it is permanent, and have another
+        one (of the same class, unless given) take over."""
+        with contextlib.suppress(ChannelError):
+            self._turns.poll_uncommitted()
+        engine = type(self.engine) if engine is None else engine
+        return self._take(engine() if isinstance(engine, type) else engine, State(self._segment))
+
+    def _take(self, engine: Engine, state: State, migration: Migration | None = None) -> Taking:
+        before = getattr(self, "_turns", None)
+        engine.clock = self.clock
+        turns = Turns(engine, state, self._budget)
+        for pair in self._serving if before is not None else ():
+            pair.serve_again()
+            turns.attach(pair.server)
+        self.generation += 1
+        self.engine, self._turns, self._state = engine, turns, state
+        return turns.take(self.generation, migration)
+
+    def _blank(self, engine: Engine) -> int:
+        schema = self._schema(engine)
+        size = self._state_bytes or State.MIN_BYTES + sum(
+            2 * count * (key + item + 32) for _, _, key, item, count, _ in schema.specs()
+        )
+        segment = memory("state", size)
+        try:
+            State.format(segment, "engine", "test", schema.version, schema.oldest, schema.specs())
+        except BaseException:
+            os.close(segment)
+            raise
+        return segment
+
+    @staticmethod
+    def _schema(engine: Engine) -> Schema:
+        return engine.schema or Schema()
+
+    # -- the end --------------------------------------------------------------------------------------------
+
     def close(self) -> None:
-        """Detach all clients. Raises AssertionError when the engine, at rest, kept memory of theirs or a loan."""
+        """Take all clients away. Raises AssertionError when the engine, at rest, kept memory of theirs or a loan, or
+        left its state damaged."""
         try:
             self.run()
             for pair in self.pairs:
                 self._assert_nothing_kept(pair)
-            self._turns.end()
+            wrong = self._state.verify()
+            assert not wrong, f"the state of {type(self.engine).__name__}: {wrong[0]}"
         finally:
-            for pair in self.pairs:
-                pair.close()
+            self._discard()
 
     def __enter__(self) -> Self:
         return self
@@ -342,10 +244,16 @@ class EngineHarness:
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         if kind is None:
             self.close()
-            return
-        # The test has failed already: its own error is the one to see.
+        else:
+            # The test has failed already: its own error is the one to see.
+            self._discard()
+
+    def _discard(self) -> None:
         for pair in self.pairs:
             pair.close()
+        if self._segment >= 0:
+            os.close(self._segment)
+            self._segment = -1
 
     def _assert_nothing_kept(self, pair: ChannelPair) -> None:
         if pair.server.closed or pair.server.verdict():
@@ -357,17 +265,17 @@ class EngineHarness:
         assert payloads == loans == 0, f"{type(self.engine).__name__}, at rest, {kept}"
 
 
+def upgrade(harness: EngineHarness, engine: Engine | type[Engine]) -> Taking:
+    """See `EngineHarness.upgrade`."""
+    return harness.upgrade(engine)
+
+
+def crash(harness: EngineHarness, engine: Engine | type[Engine] | None = None) -> Taking:
+    """See `EngineHarness.crash`."""
+    return harness.crash(engine)
+
+
 def load_engine(package: Path, name: str) -> Engine:
     """Build engine `name` of the module in directory `package`, as its process would. Raises ManifestError."""
     manifest = manifests.load(package)
     return load_class(load_package(package, manifest.name), manifest.engines[name].class_, Engine)()
-
-
-def _memory(name: str, size: int) -> int:
-    fd = os.memfd_create(f"snap-test-{name}", os.MFD_CLOEXEC)
-    os.ftruncate(fd, size)
-    return fd
-
-
-def _bell() -> int:
-    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

@@ -1,6 +1,6 @@
-"""Runs engines: `Turns` decides what happens at a poll boundary, `PythonWorker` gives it a thread.
+"""`PythonWorker` gives a Python engine its thread: wait for the ownership, take over, poll, hand over, wait again.
 
-A Rust engine runs in a `_native.Worker`; both kinds of worker answer to `Runner`, and the host knows nothing else.
+A Rust engine runs in a `_native.Worker`; both kinds answer to `Runner`, and the host knows nothing else.
 """
 
 from __future__ import annotations
@@ -11,16 +11,22 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from snap.dataplane import _native
-from snap.dataplane.errors import ChannelError
+from snap.dataplane.errors import ResourceError, SnapError
+from snap.ipc import faults
 
-from .engine import Engine, ServerChannel
+from .engine import Engine
+from .migration import Migration
+from .serving import ServerChannel
+from .turns import Turns
 
 HEARTBEAT: Final = 1.0
 """Seconds between two heartbeats of an idle engine: its longest sleep."""
+
+_LOOK: Final = 0.02
+"""Seconds between two looks at what a migration left to convert, or at orders, while waiting for the ownership."""
 
 _PATIENCE: Final = 8
 """Wake-ups for nothing, one after the other, before the worker rests between them."""
@@ -31,125 +37,49 @@ _LONGEST_REST: Final = 5e-3
 _PUBLISH_NS: Final = 50_000_000
 """Nanoseconds between two records of a busy engine."""
 
+News = tuple[str, int, Any]
+
 
 class Runner(Protocol):
     """What the host does with an engine, of either language. No method waits for the engine but `stop`."""
 
-    def attach(self, channel: int, endpoint: Any) -> None: ...
+    def attach(self, channel: int, endpoint: Any, line: int) -> None: ...
     def detach(self, channel: int) -> None: ...
-    def take_faults(self) -> list[tuple[int, str]]: ...
+    def hand_over(self, retire: bool = False) -> None: ...
+    def take_news(self) -> list[News]: ...
     def fileno(self) -> int: ...
     @property
     def alive(self) -> bool: ...
     def stop(self, timeout: float = 1.0) -> None: ...
 
 
-class Turns:
-    """One engine's turns, without a thread: orders, mailbox, poll, and dropping the channels that failed in it."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        budget: int,
-        joined: Callable[[ServerChannel], None] = lambda channel: None,
-        left: Callable[[ServerChannel], None] = lambda channel: None,
-    ) -> None:
-        self.engine = engine
-        self.budget = budget
-        self.faults: deque[tuple[int, str]] = deque()
-        self._orders: deque[Callable[[], None]] = deque()
-        self._joined, self._left = joined, left
-
-    def attach(self, channel: ServerChannel) -> None:
-        # Orders queue, though the mailbox has one slot: the host must never wait for an engine.
-        self._orders.append(lambda: self._attach(channel))
-
-    def detach(self, channel: int) -> None:
-        self._orders.append(lambda: self._detach(channel))
-
-    def turn(self) -> int:
-        """Run what waits at the boundary, then poll once; returns the work done. Raises what the engine raises,
-        unless it was the error of a channel that has indeed failed: that channel is dropped, and noted in `faults`."""
-        try:
-            while self._orders:
-                self._orders.popleft()()
-            self.engine._mailbox.run()
-            done = self.engine.poll(self.budget)
-        except ChannelError:
-            if not (self._sweep() | self._sweep_watched()):
-                raise
-            return self.budget
-        if not isinstance(done, int):
-            raise TypeError(f"{type(self.engine).__name__}.poll returned {done!r}, not how much it did")
-        if done == 0 or any(channel.drop_reason for channel in self.engine.channels):
-            self._sweep()
-            self._sweep_watched()
-        return done
-
-    def end(self) -> None:
-        """Detach every channel: the last turn."""
-        for channel in list(self.engine.channels):
-            self._detach(channel.id)
-
-    def _attach(self, channel: ServerChannel) -> None:
-        self.engine.channels.append(channel)
-        self._joined(channel)
-        self.engine.on_attach(channel)
-
-    def _detach(self, number: int) -> None:
-        for channel in self.engine.channels:
-            if channel.id == number:
-                self._remove(channel)
-                return
-
-    def _remove(self, channel: ServerChannel) -> None:
-        self.engine.channels.remove(channel)
-        self._left(channel)
-        try:
-            self.engine.on_detach(channel)
-        finally:
-            channel.close()
-
-    def _sweep(self) -> bool:
-        """Drop the channels that cannot be served any more; True when there were any."""
-        failed = [(channel, verdict) for channel in self.engine.channels if (verdict := channel.verdict())]
-        for channel, verdict in failed:
-            self.faults.append((channel.id, verdict))
-            self._remove(channel)
-        return bool(failed)
-
-    def _sweep_watched(self) -> bool:
-        """Tell the engine of watched channels that failed; True when there were any."""
-        failed = False
-        for channel in list(self.engine.watched):
-            try:
-                channel.check()
-            except ChannelError as error:
-                failed = True
-                self.engine.unwatch(channel)
-                self.engine.on_lost(channel, error)
-        return failed
-
-
 class PythonWorker:
-    """A thread that runs one Python engine. `crash` holds the traceback of what ended it, if anything did."""
+    """A thread that runs one Python engine on a `State` whenever it has the ownership. `crash` holds the traceback of
+    what ended it, if anything did."""
 
     def __init__(
         self,
         name: str,
         engine: Engine,
+        state: _native.State,
+        semaphore: int = -1,
+        generation: int = 1,
         stats: _native.StatsPage | None = None,
         stats_index: int = 0,
         budget: int = 64,
         wait: int = _native.ADAPTIVE,
+        migration: Migration | None = None,
     ) -> None:
+        """Begins to wait for the ownership at once. semaphore -1: there is none (tests, benchmarks)."""
         self.crash = ""
-        self._engine = engine
+        self._engine, self._generation, self._migration = engine, generation, migration
+        self._ownership = None if semaphore < 0 else _native.Ownership(semaphore)
         self._poller = _native.Poller()
-        self._turns = Turns(engine, budget, joined=self._join, left=self._leave)
+        self._turns = Turns(engine, state, budget, joined=self._join, left=self._leave)
         self._stats, self._stats_index, self._wait = stats, stats_index, wait
-        self._news = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._stopping = False
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._news: deque[News] = deque()
+        self._stopping = self._handing_over = self._retiring = False
         self._waiting_for_room: set[ServerChannel] = set()
         self._watched: set[_native.Endpoint] = set()
         self._polls = self._work = self._busy_ns = self._published_ns = self._fruitless = 0
@@ -157,8 +87,9 @@ class PythonWorker:
         self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
         self._thread.start()
 
-    def attach(self, channel: int, endpoint: ServerChannel) -> None:
+    def attach(self, channel: int, endpoint: ServerChannel, line: int) -> None:
         """Hand `endpoint` over to the engine, who gets it at its next poll boundary."""
+        endpoint.line = line
         self._turns.attach(endpoint)
         self._poller.wake()
 
@@ -166,47 +97,109 @@ class PythonWorker:
         self._turns.detach(channel)
         self._poller.wake()
 
-    def take_faults(self) -> list[tuple[int, str]]:
-        """Channels that were dropped since the last call, with the reason."""
+    def hand_over(self, retire: bool = False) -> None:
+        """Let go at the next poll boundary, then wait for the ownership again, or end."""
+        self._retiring = self._retiring or retire
+        self._handing_over = True
+        self._wake()
+
+    def take_news(self) -> list[News]:
+        """What happened since the last call; see `_native.Worker.take_news`."""
         with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._news)
-        faults = self._turns.faults
-        return [faults.popleft() for _ in range(len(faults))]
+            os.eventfd_read(self._bell)
+        return [self._news.popleft() for _ in range(len(self._news))]
 
     def fileno(self) -> int:
-        """An eventfd that is rung when `take_faults` has news or the engine has ended."""
-        return self._news
+        """An eventfd that is rung when `take_news` has something."""
+        return self._bell
 
     @property
     def alive(self) -> bool:
         return self._thread.is_alive() and not self.crash
 
     def stop(self, timeout: float = 1.0) -> None:
-        """End the engine after its current poll. Raises TimeoutError when that takes longer than `timeout` seconds."""
+        """End the engine after its current poll; what it has is handed over to whoever comes. Raises
+        TimeoutError when that takes longer than `timeout` seconds."""
         self._stopping = True
-        self._poller.wake()
+        self._wake()
         self._thread.join(timeout)
         if self._thread.is_alive():
             raise TimeoutError(f"{self._thread.name} is still in its poll after {timeout} s")
-        if self._news >= 0:
+        if self._bell >= 0:
             self._poller.close()
-            os.close(self._news)
-            self._news = -1
+            os.close(self._bell)
+            self._bell = -1
+
+    def _wake(self) -> None:
+        self._poller.wake()
+        if self._ownership is not None and not self._turns.owned:
+            self._ownership.cancel()
+
+    def _tell(self, kind: str, number: int = 0, data: Any = None) -> None:
+        self._news.append((kind, number, data))
+        os.eventfd_write(self._bell, 1)
+
+    # -- on the engine's thread -----------------------------------------------------------------------------
 
     def _run(self) -> None:
+        said = ""
         try:
-            while not self._stopping:
-                done = self._turn()
-                self._fruitless = 0 if done else self._fruitless + 1
-                if done < self._turns.budget and not self._stopping:
-                    self._sleep()
-            self._turns.end()
-        except BaseException:
-            self.crash = traceback.format_exc()
+            while self._acquire():
+                if not self._take():
+                    break
+                while not (self._stopping or self._handing_over):
+                    self._step()
+                self._let_go()
+                if self._stopping or self._retiring:
+                    break
+        except BaseException as error:
+            # Nothing is committed and the ownership ends with the process: its successor takes the poll back.
+            said = self.crash = traceback.format_exc()
+            if isinstance(error, ResourceError) and not self._turns.owned:
+                said = str(error)  # the semaphore is gone: nobody wants this engine any more
+        else:
+            self._turns.close()
         finally:
-            os.eventfd_write(self._news, 1)
+            self._tell("ended", 0, said)
 
-    def _turn(self) -> int:
+    def _acquire(self) -> bool:
+        """Wait for the ownership, obeying meanwhile; False when the engine is to end first."""
+        while not self._stopping and not self._retiring:
+            self._turns.obey()
+            if self._ownership is None or self._ownership.acquire(_LOOK):
+                self._handing_over = False
+                return True
+            if self._migration is not None:
+                self._migration.catch_up()
+        return False
+
+    def _take(self) -> bool:
+        """Take over and poll for the first time; False when the state cannot be taken over."""
+        try:
+            migration, self._migration = self._migration, None
+            taking = self._turns.take(self._generation, migration)
+        except SnapError as error:
+            self._release()
+            self._tell("refused", 0, (error.code, str(error)))
+            return False
+        first = time.monotonic_ns()
+        self._step(sleep=False)
+        self._tell("took", first, taking._asdict())
+        return True
+
+    def _let_go(self) -> None:
+        self._handing_over = False
+        last = self._turns.hand_over()
+        self._release()
+        faults.reach("module.yielded")
+        self._tell("yielded", last)
+        self._publish(time.monotonic_ns())
+
+    def _release(self) -> None:
+        if self._ownership is not None:
+            self._ownership.release()
+
+    def _step(self, sleep: bool = True) -> None:
         begin = time.monotonic_ns()
         done = self._turns.turn()
         end = time.monotonic_ns()
@@ -214,11 +207,15 @@ class PythonWorker:
         if done:
             self._work += done
             self._busy_ns += end - begin
+            self._fruitless = 0
+        else:
+            self._fruitless += 1
         if end - self._published_ns >= _PUBLISH_NS:
             self._publish(end)
-        if self._turns.faults:
-            os.eventfd_write(self._news, 1)
-        return done
+        while self._turns.faults:
+            self._tell("fault", *self._turns.faults.popleft())
+        if sleep and done < self._turns.budget and not (self._stopping or self._handing_over):
+            self._sleep()
 
     def _publish(self, now: int) -> None:
         self._published_ns = now
@@ -239,12 +236,15 @@ class PythonWorker:
                 self._poller.add(channel, room=channel.stalled)
         if self._watched != set(self._engine.watched):
             self._follow_watched()
-        if self._fruitless > _PATIENCE:
+        if self._fruitless > _PATIENCE or self._turns.short_of_room:
             # Messages wait that the engine does not take (yet): a bell would ring at once, again and again.
-            time.sleep(min(_SHORTEST_REST * 2 ** min(self._fruitless - _PATIENCE, 10), _LONGEST_REST))
+            time.sleep(min(_SHORTEST_REST * 2 ** min(self._fruitless, 10), _LONGEST_REST))
         timer = self._engine.wake_after()
+        if self._turns.short_of_room or self._turns.resting:
+            timer = _LONGEST_REST if timer is None else min(timer, _LONGEST_REST)
         if not self._poller.wait(HEARTBEAT if timer is None else max(0.0, min(timer, HEARTBEAT)), self._wait):
             self._fruitless = 0
+        self._turns.resume()
 
     def _follow_watched(self) -> None:
         wanted = set(self._engine.watched)
