@@ -4,25 +4,39 @@
 //! other end copies the descriptor once, checks it, and takes the payload out or lends it. Nothing here waits:
 //! operations say `Full` or `None`, and the waiting loops (Python face, poller, engine) arm and sleep.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::Arc;
 
+pub use crate::core::{clear_longest_wait, init_header, set_state, Core, Grant, Role, State, RIGHT_RECV, RIGHT_SEND};
 use crate::core::{count, lock};
-pub use crate::core::{init_header, set_state, Core, Grant, Role, State, RIGHT_RECV, RIGHT_SEND};
 use crate::error::{Error, Fault, Result};
 use crate::layout::{self, Header, PoolRef, INLINE_MAX};
-use crate::ring::{Consumer, Inline, Memory, Producer};
+use crate::ring::{take_down, Consumer, Inline, Memory, Producer};
 use crate::ringmem::RingMemory;
 use crate::segment::Mapping;
+use crate::stats;
 use crate::sync;
 
 /// Open this end of a granted channel. Checks the header against the grant.
 pub fn open(grant: &Grant<'_>) -> Result<(Arc<Core>, Tx, Rx)> {
     let core = Core::open(grant)?;
     let mem = |direction| RingMemory::new(&core.ring, core.slots, direction);
-    let tx = Tx { mem: mem(core.own_direction()), core: core.clone(), producer: Producer::new(), stalled: None };
-    let rx =
-        Rx { mem: mem(core.peer_direction()), core: core.clone(), consumer: Consumer::new(), crowd: Crowd::default() };
+    let tx = Tx {
+        mem: mem(core.own_direction()),
+        core: core.clone(),
+        producer: Producer::new(),
+        stalled: None,
+        deferred: false,
+        counted: [0; 2],
+    };
+    let rx = Rx {
+        mem: mem(core.peer_direction()),
+        core: core.clone(),
+        consumer: Consumer::new(),
+        crowd: Crowd::default(),
+        waits_since: None,
+        counted: [0; 2],
+    };
     Ok((core, tx, rx))
 }
 
@@ -33,6 +47,10 @@ pub struct Tx {
     producer: Producer,
     /// What there was when something last did not fit: an engine then waits for more of it, not for messages.
     stalled: Option<Stall>,
+    /// Nothing is published but by a commit.
+    deferred: bool,
+    /// Messages and bytes sent at the last commit.
+    counted: [u64; 2],
 }
 
 #[derive(Clone, Copy)]
@@ -205,29 +223,106 @@ impl Tx {
         }
     }
 
-    /// Put a filled loan into the burst.
+    /// Put a filled loan into the burst. One that was lent before another process served is of no use any more: `Closed`.
     pub fn put_loan(&mut self, tag: u64, loan: LoanRef) -> Result<()> {
         self.reserve(1)?;
+        if self.deferred && !lock(&self.core.allocations).is_out(loan.place.token) {
+            return Err(Error::Closed);
+        }
         self.put_loan_reserved(tag, loan);
         Ok(())
     }
 
     /// Put a filled loan for whose slot `reserve` was called: a pause since then does not hold it.
     pub fn put_loan_reserved(&mut self, tag: u64, loan: LoanRef) {
+        if self.deferred {
+            lock(&self.core.allocations).sent(loan.place.token, self.producer.tail());
+        }
         self.producer.put_pooled(&self.mem, tag, loan.len, loan.place);
         count(&self.core.counters.sent, 1);
         count(&self.core.counters.sent_bytes, loan.len as u64);
     }
 
-    /// End the burst: one store, and a bell if the other side sleeps.
+    /// End the burst: one store, and a bell if the other side sleeps. In a ledger, its commit does that.
     #[inline]
     pub fn publish(&mut self) {
+        if !self.deferred {
+            self.publish_now();
+        }
+    }
+
+    #[inline]
+    fn publish_now(&mut self) {
         let wake = self.producer.publish(&self.mem);
         self.core.ring_peer(self.mem.data_armed(), wake);
     }
 
     pub fn armed_word(&self) -> &AtomicU32 {
         self.mem.room_armed()
+    }
+
+    /// Whether anything was sent since the last commit.
+    #[inline]
+    pub(crate) fn touched(&self) -> bool {
+        self.producer.tail() != self.producer.published()
+    }
+
+    /// Slots ever written.
+    pub(crate) fn tail(&self) -> u64 {
+        self.producer.tail()
+    }
+
+    /// After a commit: let the peer see it.
+    pub(crate) fn keep(&mut self) {
+        lock(&self.core.allocations).keep();
+        self.counted = self.counts();
+        self.publish_now();
+    }
+
+    /// As if nothing had been sent since the last commit. A stall stays one if the peer has anything to make room of.
+    pub(crate) fn take_back(&mut self) {
+        self.producer.rewind();
+        let [sent, bytes] = self.counted;
+        self.core.counters.sent.store(sent, Ordering::Relaxed);
+        self.core.counters.sent_bytes.store(bytes, Ordering::Relaxed);
+        let mut allocations = lock(&self.core.allocations);
+        allocations.take_back();
+        let waits = allocations.out() > 0;
+        drop(allocations);
+        if self.stalled.take().is_some() {
+            match self.slots_free() {
+                Ok(room) if waits || room < layout::MAX_SLOTS_PER_MESSAGE => self.stall(room),
+                _ => {}
+            }
+        }
+    }
+
+    /// Send nothing but by commits, and nothing at all before `resume`.
+    pub(crate) fn defer(&mut self) {
+        self.deferred = true;
+    }
+
+    /// Go on after the first `tail` slots, which are for good, with what they carried; they are published again.
+    pub(crate) fn resume(&mut self, tail: u64) -> Result<()> {
+        let core = &self.core;
+        let outcome = self
+            .producer
+            .resume(&self.mem, tail)
+            .and_then(|()| lock(&core.allocations).resume(&core.ring, core.slots, core.own_direction(), tail));
+        outcome.map_err(|fault| core.fail(fault))?;
+        (self.stalled, self.counted) = (None, self.counts());
+        core.ring_peer(self.mem.data_armed(), take_down(self.mem.data_armed(), true));
+        Ok(())
+    }
+
+    /// Somebody else is going to send.
+    pub(crate) fn retire(&mut self) {
+        self.producer.retire(&self.mem);
+        self.stalled = None;
+    }
+
+    fn counts(&self) -> [u64; 2] {
+        [&self.core.counters.sent, &self.core.counters.sent_bytes].map(|counter| counter.load(Ordering::Relaxed))
     }
 
     pub fn core(&self) -> &Arc<Core> {
@@ -241,6 +336,10 @@ pub struct Rx {
     core: Arc<Core>,
     consumer: Consumer,
     crowd: Crowd,
+    /// The client waits, since this time (CLOCK_MONOTONIC, ns).
+    waits_since: Option<u64>,
+    /// Messages and bytes received at the last commit.
+    counted: [u64; 2],
 }
 
 /// Whether a spinning receiver is in its sender's way. One that is faster finds the ring empty after every message or two
@@ -285,6 +384,9 @@ impl Rx {
                 }
                 if header.pooled && header.len > self.core.peer_pool().map_or(0, Mapping::len) {
                     return Err(self.core.fail(Fault::Length));
+                }
+                if self.waits_since.is_some() {
+                    self.waited();
                 }
                 Ok(Some(header))
             }
@@ -375,8 +477,29 @@ impl Rx {
         if place.offset > limit || header.len as u64 > limit - place.offset {
             return Err(self.core.fail(Fault::Offset));
         }
+        self.core.claim(place.token, self.consumer.head())?;
         self.step(header);
         Ok(place)
+    }
+
+    /// The client begins to wait for a message, or goes on to: the length of its waits is measured, as long as it really
+    /// waits (nothing on the way of a message reads a clock).
+    pub fn begin_wait(&mut self) {
+        if self.core.role == Role::Client && self.waits_since.is_none() {
+            self.waits_since = Some(stats::monotonic_ns());
+        }
+    }
+
+    /// The wait is over, with a message or without.
+    #[cold]
+    pub fn waited(&mut self) {
+        let Some(since) = self.waits_since.take() else { return };
+        let since = since.max(self.core.ring.u64_at(layout::OFF_WAITS_SINCE).load(Ordering::Acquire));
+        let waited = stats::monotonic_ns().saturating_sub(since);
+        let longest = self.core.ring.u64_at(layout::OFF_LONGEST_WAIT);
+        if waited > longest.load(Ordering::Relaxed) {
+            longest.store(waited, Ordering::Relaxed);
+        }
     }
 
     /// Before spinning on an empty ring: whether to leave it alone for a moment first (see `Crowd`). A reply in between, as in
@@ -405,6 +528,7 @@ impl Rx {
     /// Ask to be woken by the next message; false when there is one now.
     pub fn arm(&mut self, how: u32) -> Result<bool> {
         self.release();
+        self.begin_wait();
         let armed = self.consumer.arm(&self.mem, how).map_err(|fault| self.core.fail(fault))?;
         if armed || !self.core.paused() {
             return Ok(armed);
@@ -436,6 +560,92 @@ impl Rx {
 
     pub fn armed_word(&self) -> &AtomicU32 {
         self.mem.data_armed()
+    }
+
+    /// Whether anything was received or given back since the last commit.
+    #[inline]
+    pub(crate) fn touched(&self) -> bool {
+        self.consumer.head() != self.consumer.kept() || self.core.returning()
+    }
+
+    /// Slots ever consumed, and tokens ever given back, with those that the commit under way gives back.
+    pub(crate) fn write(&mut self) -> (u64, u64) {
+        (self.consumer.head(), self.core.write_returns())
+    }
+
+    /// After a commit: what was consumed may be given back, and what was given back is.
+    pub(crate) fn keep(&mut self) {
+        self.consumer.keep();
+        self.counted = self.counts();
+        let wake = self.consumer.release_some(&self.mem);
+        self.core.ring_peer(self.mem.room_armed(), wake);
+        self.core.publish_returns();
+    }
+
+    /// As if nothing had been received since the last commit. Payloads that came before and were released meanwhile stay so.
+    pub(crate) fn take_back(&mut self) {
+        self.rewind(self.consumer.kept());
+        let [received, bytes] = self.counted;
+        self.core.counters.received.store(received, Ordering::Relaxed);
+        self.core.counters.received_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    fn rewind(&mut self, head: u64) {
+        self.consumer.rewind(head);
+        self.core.returns().rewind(head);
+    }
+
+    /// Have the last `count` messages since the last commit come again. False when there are not so many.
+    pub fn unread(&mut self, count: usize) -> Result<bool> {
+        let mut heads = Vec::new();
+        let mut bytes = Vec::new();
+        let mut at = self.consumer.kept();
+        while at < self.consumer.head() {
+            let header = self.consumer.look_back(&self.mem, at).map_err(|fault| self.core.fail(fault))?;
+            heads.push(at);
+            bytes.push(header.len as u64);
+            at += header.slots;
+        }
+        if count > heads.len() {
+            return Ok(false);
+        }
+        let first = heads.len() - count;
+        if let Some(head) = heads.get(first) {
+            self.rewind(*head);
+            let counters = &self.core.counters;
+            let less = |counter: &AtomicU64, by: u64| {
+                counter.store(counter.load(Ordering::Relaxed).saturating_sub(by), Ordering::Relaxed);
+            };
+            less(&counters.received, count as u64);
+            less(&counters.received_bytes, bytes[first..].iter().sum());
+        }
+        Ok(true)
+    }
+
+    /// Give nothing back but by commits, and nothing at all before `resume`.
+    pub(crate) fn defer(&mut self) {
+        self.consumer.keep();
+    }
+
+    /// Go on after the first `head` slots and `returned` tokens, which are for good; they are given back again.
+    pub(crate) fn resume(&mut self, head: u64, returned: u64) -> Result<()> {
+        let core = &self.core;
+        let outcome = self.consumer.resume(&self.mem, head);
+        let outcome = outcome.and_then(|()| core.resume_returns(head, returned));
+        outcome.map_err(|fault| core.fail(fault))?;
+        self.counted = self.counts();
+        core.ring_room(take_down(self.mem.room_armed(), true));
+        Ok(())
+    }
+
+    /// Somebody else is going to receive.
+    pub(crate) fn retire(&mut self) {
+        self.release();
+        self.consumer.retire(&self.mem);
+    }
+
+    fn counts(&self) -> [u64; 2] {
+        [&self.core.counters.received, &self.core.counters.received_bytes].map(|count| count.load(Ordering::Relaxed))
     }
 
     pub fn core(&self) -> &Arc<Core> {

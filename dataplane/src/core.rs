@@ -1,7 +1,7 @@
 //! What both halves of a channel's end share: mappings, doorbells, state, and the checks made with every burst.
 
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::bell::{self, Bell};
@@ -11,6 +11,7 @@ use crate::layout::{self, INLINE_MAX};
 use crate::pool::{Allocations, Returns};
 use crate::ring::{take_down, Wake};
 use crate::segment::{Mapping, SHRUNK};
+use crate::stats;
 use crate::sync;
 
 pub const RIGHT_SEND: u8 = 1;
@@ -73,7 +74,14 @@ pub fn init_header(ring: &Mapping, slots: u32, channel: u64, generation: u32) {
     ring.u64_at(layout::OFF_CHANNEL).store(channel, Ordering::Relaxed);
     ring.u32_at(layout::OFF_GENERATION).store(generation, Ordering::Relaxed);
     ring.u32_at(layout::OFF_STATE).store(State::Open as u32, Ordering::Relaxed);
+    clear_longest_wait(ring);
     ring.u64_at(layout::OFF_MAGIC).store(layout::MAGIC, Ordering::Release);
+}
+
+/// Measure the client's longest wait from now on.
+pub fn clear_longest_wait(ring: &Mapping) {
+    ring.u64_at(layout::OFF_WAITS_SINCE).store(stats::monotonic_ns(), Ordering::Release);
+    ring.u64_at(layout::OFF_LONGEST_WAIT).store(0, Ordering::Release);
 }
 
 /// Write the state word and wake everybody who sleeps on the channel, armed or not.
@@ -106,6 +114,16 @@ pub fn count(counter: &AtomicU64, by: u64) {
     counter.store(counter.load(Ordering::Relaxed) + by, Ordering::Relaxed);
 }
 
+/// Whether this end may be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Standing {
+    Active = 0,
+    /// Another process serves the channel; this one may come to (see `ledger`).
+    Dormant = 1,
+    Closed = 2,
+}
+
 /// What both halves of an end share.
 pub struct Core {
     pub role: Role,
@@ -121,7 +139,11 @@ pub struct Core {
     /// The first fault that this end found; sticky, in private memory.
     fault: AtomicU32,
     shrunk_seen: AtomicU32,
-    closed: AtomicBool,
+    standing: AtomicU8,
+    /// The channel outlives this end: it does nothing but what its ledger committed, and closing it says nothing.
+    in_ledger: AtomicBool,
+    /// `Returns::touched`, to be seen without its lock.
+    returning: AtomicBool,
     pub counters: Counters,
 }
 
@@ -160,7 +182,7 @@ impl Core {
             && gate_open
             && self.fault.load(Ordering::Relaxed) == 0
             && SHRUNK.load(Ordering::Acquire) == self.shrunk_seen.load(Ordering::Relaxed)
-            && !self.closed.load(Ordering::Relaxed)
+            && self.standing.load(Ordering::Relaxed) == Standing::Active as u8
         {
             return Ok(());
         }
@@ -175,8 +197,10 @@ impl Core {
 
     #[cold]
     fn explain(&self, word: u32, gate_open: bool) -> Result<()> {
-        if self.closed.load(Ordering::Relaxed) {
-            return Err(Error::Closed);
+        match self.standing.load(Ordering::Acquire) {
+            active if active == Standing::Active as u8 => {}
+            dormant if dormant == Standing::Dormant as u8 => return Err(Error::Dormant),
+            _ => return Err(Error::Closed),
         }
         let own = self.fault.load(Ordering::Relaxed);
         if own != 0 {
@@ -221,13 +245,14 @@ impl Core {
         }
     }
 
-    /// Close this end and tell the other one, if the channel was still open. Idempotent.
+    /// Close this end and tell the other one, if the channel was still open and ends with it. Idempotent.
     pub fn close(&self) {
-        if self.closed.swap(true, Ordering::AcqRel) {
+        if self.standing.swap(Standing::Closed as u8, Ordering::AcqRel) == Standing::Closed as u8 {
             return;
         }
         let state = self.ring.u32_at(layout::OFF_STATE).load(Ordering::Acquire);
-        if matches!(State::from_word(state), Some(State::Open | State::Paused)) {
+        let ends = matches!(State::from_word(state), Some(State::Open | State::Paused));
+        if ends && !self.in_ledger.load(Ordering::Acquire) {
             set_state(&self.ring, &self.bells, State::Gone, None);
         } else {
             set_state_unchanged(&self.ring, &self.bells);
@@ -235,7 +260,90 @@ impl Core {
     }
 
     pub fn closed(&self) -> bool {
-        self.closed.load(Ordering::Relaxed)
+        self.standing.load(Ordering::Relaxed) == Standing::Closed as u8
+    }
+
+    fn active(&self) -> bool {
+        self.standing.load(Ordering::Acquire) == Standing::Active as u8
+    }
+
+    /// The channel is going to outlive this end, which waits for its turn to serve it.
+    pub(crate) fn join(&self) {
+        self.in_ledger.store(true, Ordering::Release);
+        lock(&self.allocations).record(&self.ring, self.slots);
+        lock(&self.returns).record(&self.ring, self.slots);
+        self.sleep();
+    }
+
+    /// Another process is going to serve.
+    pub(crate) fn sleep(&self) {
+        // Whoever gives something back at this moment does it before, or not at all.
+        let _returns = lock(&self.returns);
+        let (active, dormant) = (Standing::Active as u8, Standing::Dormant as u8);
+        let _ = self.standing.compare_exchange(active, dormant, Ordering::AcqRel, Ordering::Relaxed);
+    }
+
+    /// This process serves.
+    pub(crate) fn awake(&self) {
+        let (active, dormant) = (Standing::Active as u8, Standing::Dormant as u8);
+        let _ = self.standing.compare_exchange(dormant, active, Ordering::AcqRel, Ordering::Relaxed);
+    }
+
+    /// Whether payloads came or are to go back since the last commit.
+    #[inline]
+    pub(crate) fn returning(&self) -> bool {
+        self.returning.load(Ordering::Acquire)
+    }
+
+    /// Write what goes back into the ring of returns; tokens there, for the commit to record.
+    pub(crate) fn write_returns(&self) -> u64 {
+        let mut returns = lock(&self.returns);
+        returns.write(&self.ring, self.slots, self.peer_direction());
+        returns.tail()
+    }
+
+    /// After the commit.
+    pub(crate) fn publish_returns(&self) {
+        if !self.returning() {
+            return;
+        }
+        let mut returns = lock(&self.returns);
+        let wake = returns.publish_written(&self.ring, self.peer_direction());
+        self.returning.store(returns.touched(), Ordering::Release);
+        drop(returns);
+        self.ring_room(wake);
+    }
+
+    /// Go on where the process before stopped (see `Returns::resume`).
+    pub(crate) fn resume_returns(&self, head: u64, returned: u64) -> std::result::Result<(), Fault> {
+        let mut returns = lock(&self.returns);
+        let wake = returns.resume(&self.ring, self.slots, self.peer_direction(), head, returned)?;
+        self.returning.store(returns.touched(), Ordering::Release);
+        drop(returns);
+        self.ring_room(wake);
+        Ok(())
+    }
+
+    pub(crate) fn returns(&self) -> MutexGuard<'_, Returns> {
+        lock(&self.returns)
+    }
+
+    /// A payload came at `position` of the ring.
+    pub(crate) fn claim(&self, token: u64, position: u64) -> Result<()> {
+        if !self.in_ledger.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let mut returns = lock(&self.returns);
+        let outcome = returns.claim(self.slots, token, position);
+        self.returning.store(returns.touched(), Ordering::Release);
+        drop(returns);
+        outcome.map_err(|fault| self.fail(fault))
+    }
+
+    /// Ring the peer's bell if it waits for room, in the direction that we consume.
+    pub(crate) fn ring_room(&self, wake: Wake) {
+        let word = self.ring.u32_at(layout::OFF_DIRECTION[self.peer_direction()] + layout::DIR_ROOM_ARMED);
+        self.ring_peer(word, wake);
     }
 
     pub fn state_name(&self) -> &'static str {
@@ -246,19 +354,32 @@ impl Core {
             Err(Error::Gone) => "gone",
             Err(Error::Moved) => "moved",
             Err(Error::Closed) => "closed",
+            // What the channel is, not who serves it.
+            Err(Error::Dormant) => self.word_name(),
             Err(_) => "faulted",
         }
+    }
+
+    fn word_name(&self) -> &'static str {
+        let word = self.ring.u32_at(layout::OFF_STATE).load(Ordering::Acquire);
+        State::from_word(word).map_or("faulted", State::name)
     }
 
     /// Own payloads that are out: lent or sent, and not yet given back by the peer.
     pub fn loans_out(&self) -> usize {
         let mut allocations = lock(&self.allocations);
+        if !self.active() {
+            return allocations.out();
+        }
         let _ = allocations.collect(&self.ring, self.slots, self.own_direction()).map_err(|fault| self.fail(fault));
         allocations.out()
     }
 
     /// Take a loan back unsent, and wake whoever of this end waits for room.
     pub fn cancel_loan(&self, token: u64) {
+        if !self.active() {
+            return;
+        }
         // Our own token: it is out until it is sent or given back, once.
         let _ = lock(&self.allocations).free(token);
         let word = self.ring.u32_at(layout::OFF_DIRECTION[self.own_direction()] + layout::DIR_ROOM_ARMED);
@@ -267,12 +388,15 @@ impl Core {
 
     /// Give a received payload's memory back to its sender.
     pub fn give_back(&self, token: u64) {
-        if self.closed() {
+        let mut returns = lock(&self.returns);
+        // Another process that serves by now has given it back itself.
+        if !self.active() {
             return;
         }
-        let wake = lock(&self.returns).push(&self.ring, self.slots, self.peer_direction(), token);
-        let word = self.ring.u32_at(layout::OFF_DIRECTION[self.peer_direction()] + layout::DIR_ROOM_ARMED);
-        self.ring_peer(word, wake);
+        let wake = returns.push(&self.ring, self.slots, self.peer_direction(), token);
+        self.returning.store(returns.touched(), Ordering::Release);
+        drop(returns);
+        self.ring_room(wake);
     }
 
     pub fn own_pool(&self) -> Option<&Mapping> {
@@ -329,7 +453,9 @@ impl Core {
             returns: Mutex::new(Returns::new()),
             fault: AtomicU32::new(0),
             shrunk_seen: AtomicU32::new(SHRUNK.load(Ordering::Acquire)),
-            closed: AtomicBool::new(false),
+            standing: AtomicU8::new(Standing::Active as u8),
+            in_ledger: AtomicBool::new(false),
+            returning: AtomicBool::new(false),
             counters: Counters::default(),
             ring,
         }))

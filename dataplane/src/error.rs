@@ -33,6 +33,8 @@ pub enum Fault {
     Right = 13,
     #[error("reported by the other end")]
     Reported = 14,
+    #[error("a token, or the record of a payload that is out, is out of range")]
+    Record = 15,
 }
 
 impl Fault {
@@ -41,7 +43,7 @@ impl Fault {
         use Fault::*;
         [
             Magic, Version, Geometry, Generation, State, Index, Opcode, Flags, Length, Offset, Return, Shrunk, Right,
-            Reported,
+            Reported, Record,
         ]
         .into_iter()
         .find(|fault| *fault as u8 == number)
@@ -61,6 +63,8 @@ pub enum Error {
     Gone,
     #[error("this end is closed")]
     Closed,
+    #[error("another process serves the channel now")]
+    Dormant,
     #[error("the channel moved to another generation")]
     Moved,
     #[error("the capability of this channel lacks the right to {0}")]

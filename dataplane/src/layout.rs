@@ -6,7 +6,7 @@
 use crate::error::Fault;
 
 pub const MAGIC: u64 = u64::from_le_bytes(*b"SNAPCHN1");
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// Byte offsets in the header page.
 pub const OFF_MAGIC: usize = 0;
@@ -16,6 +16,9 @@ pub const OFF_CHANNEL: usize = 16;
 pub const OFF_GENERATION: usize = 24;
 /// The state word has a cache line of its own: both ends read it with every burst.
 pub const OFF_STATE: usize = 64;
+/// The client's longest wait for a message in ns, and since when (CLOCK_MONOTONIC, ns): a line that only waits touch.
+pub const OFF_LONGEST_WAIT: usize = 128;
+pub const OFF_WAITS_SINCE: usize = 136;
 
 /// Control lines of one direction (0: client to server, 1: server to client).
 pub const OFF_DIRECTION: [usize; 2] = [4096, 4096 + 512];
@@ -37,6 +40,8 @@ pub const INLINE_FIRST: usize = SLOT - PREFIX;
 pub const MAX_SLOTS_PER_MESSAGE: u64 = 16;
 pub const INLINE_MAX: usize = INLINE_FIRST + (MAX_SLOTS_PER_MESSAGE as usize - 1) * SLOT;
 pub const RETURN_ENTRY: usize = 8;
+/// What the server has out and holds, written down for whoever serves after it: three words each.
+pub const RECORD: usize = 24;
 
 pub const MIN_SLOTS: u32 = 64;
 pub const MAX_SLOTS: u32 = 65536;
@@ -57,9 +62,20 @@ pub fn returns_offset(slots: u32, direction: usize) -> usize {
     OFF_SLOTS_AREA + slots as usize * (2 * SLOT + direction * RETURN_ENTRY)
 }
 
+/// Records of the server's own payloads that are out, by the number of their token: turn and units, offset, position.
+pub fn loans_offset(slots: u32) -> usize {
+    OFF_SLOTS_AREA + 2 * slots as usize * (SLOT + RETURN_ENTRY)
+}
+
+/// Records of the client's payloads that the server holds, by the number of their token: token, positions in the ring and
+/// in the ring of returns.
+pub fn claims_offset(slots: u32) -> usize {
+    loans_offset(slots) + slots as usize * RECORD
+}
+
 /// Size of the whole ring segment in bytes, a multiple of the page.
 pub fn ring_bytes(slots: u32) -> usize {
-    (OFF_SLOTS_AREA + 2 * slots as usize * (SLOT + RETURN_ENTRY)).next_multiple_of(4096)
+    (OFF_SLOTS_AREA + 2 * slots as usize * (SLOT + RETURN_ENTRY + RECORD)).next_multiple_of(4096)
 }
 
 /// Slots that an inline message of `len` bytes takes.
@@ -124,11 +140,15 @@ mod tests {
                 slots_offset(slots, 1) + slots as usize * SLOT,
                 returns_offset(slots, 0) + slots as usize * RETURN_ENTRY,
                 returns_offset(slots, 1) + slots as usize * RETURN_ENTRY,
+                loans_offset(slots) + slots as usize * RECORD,
+                claims_offset(slots) + slots as usize * RECORD,
             ];
             assert_eq!(ends[0], slots_offset(slots, 1));
             assert_eq!(ends[1], returns_offset(slots, 0));
             assert_eq!(ends[2], returns_offset(slots, 1));
-            assert!(ends[3] <= ring_bytes(slots));
+            assert_eq!(ends[3], loans_offset(slots));
+            assert_eq!(ends[4], claims_offset(slots));
+            assert!(ends[5] <= ring_bytes(slots));
         }
     }
 

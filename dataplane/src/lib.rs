@@ -1,8 +1,9 @@
 //! The hot path of Snap: segments, rings, doorbells, channels, and the engine runtime.
 //!
 //! `ring` knows only atomics and a `Memory`, so that loom can check it; `channel` puts it on shared memory; `engine`
-//! runs native engines; `py` is the Python face. `unsafe` lives in `segment`, `ringmem`, `py::buffer`, `py::view` and
-//! `py::fast`.
+//! runs native engines; `state` outlives them, `ledger` makes what they receive, write and send permanent together, and
+//! `ownership` says who runs one; `py` is the Python face. `unsafe` lives in `segment`, `ringmem`, `ownership`,
+//! `py::buffer`, `py::endpoint`, `py::fast`, `py::half` and `py::view`.
 
 pub mod error;
 pub mod layout;
@@ -19,6 +20,10 @@ pub mod core;
 pub mod engine;
 #[cfg(not(loom))]
 pub mod gate;
+#[cfg(not(loom))]
+pub mod ledger;
+#[cfg(not(loom))]
+pub mod ownership;
 #[cfg(not(loom))]
 pub mod poller;
 #[cfg(not(loom))]

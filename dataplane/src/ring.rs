@@ -175,6 +175,43 @@ impl Producer {
         self.tail += 1;
     }
 
+    /// Slots ever written.
+    #[inline]
+    pub fn tail(&self) -> u64 {
+        self.tail
+    }
+
+    /// Slots ever made visible.
+    #[inline]
+    pub fn published(&self) -> u64 {
+        self.published
+    }
+
+    /// Forget what was put and not yet published.
+    pub fn rewind(&mut self) {
+        self.tail = self.published;
+    }
+
+    /// Go on where another producer of this ring stopped, who had written `tail` slots for good; they are published again.
+    /// Its announcement of sleep ends with it.
+    pub fn resume(&mut self, mem: &impl Memory, tail: u64) -> Result<(), Fault> {
+        let head = mem.head().load(Ordering::Acquire);
+        if tail.wrapping_sub(head) > mem.capacity() {
+            return Err(Fault::Index);
+        }
+        *self = Producer { tail, published: tail, head, sleeper: Sleeper::default() };
+        self.retire(mem);
+        mem.tail().store(tail, Ordering::Release);
+        Ok(())
+    }
+
+    /// Sleep no more: somebody else is going to produce.
+    pub fn retire(&mut self, mem: &impl Memory) {
+        self.sleeper = Sleeper::default();
+        mem.announce_room(false);
+        mem.room_armed().swap(DISARMED, Ordering::AcqRel);
+    }
+
     /// Make everything that was put visible at once.
     #[inline]
     pub fn publish(&mut self, mem: &impl Memory) -> Wake {
@@ -234,12 +271,62 @@ pub struct Consumer {
     head: u64,
     released: u64,
     tail: u64,
+    /// Nothing beyond is given back: those slots are needed again should this process die now. `u64::MAX`: no limit.
+    limit: u64,
     sleeper: Sleeper,
 }
 
 impl Consumer {
     pub fn new() -> Self {
-        Consumer { head: 0, released: 0, tail: 0, sleeper: Sleeper::default() }
+        Consumer { head: 0, released: 0, tail: 0, limit: u64::MAX, sleeper: Sleeper::default() }
+    }
+
+    /// Slots ever consumed.
+    #[inline]
+    pub fn head(&self) -> u64 {
+        self.head
+    }
+
+    /// What was consumed up to now is consumed for good, and nothing beyond is given back before the next call.
+    #[inline]
+    pub fn keep(&mut self) {
+        self.limit = self.head;
+    }
+
+    /// Slots consumed for good.
+    #[inline]
+    pub fn kept(&self) -> u64 {
+        self.limit
+    }
+
+    /// Have messages come again from `head` on, which is not before what was kept.
+    pub fn rewind(&mut self, head: u64) {
+        self.head = head.clamp(self.limit.min(self.head), self.head);
+    }
+
+    /// Go on where another consumer of this ring stopped, who had consumed `head` slots for good; they are given back again.
+    /// Its announcement of sleep ends with it.
+    pub fn resume(&mut self, mem: &impl Memory, head: u64) -> Result<(), Fault> {
+        let tail = mem.tail().load(Ordering::Acquire);
+        if tail.wrapping_sub(head) > mem.capacity() {
+            return Err(Fault::Index);
+        }
+        *self = Consumer { head, released: head, tail, limit: head, sleeper: Sleeper::default() };
+        self.retire(mem);
+        mem.head().store(head, Ordering::Release);
+        Ok(())
+    }
+
+    /// Sleep no more: somebody else is going to consume.
+    pub fn retire(&mut self, mem: &impl Memory) {
+        self.sleeper = Sleeper::default();
+        mem.announce_data(false);
+        mem.data_armed().swap(DISARMED, Ordering::AcqRel);
+    }
+
+    /// The checked header of a message that was stepped over, at `position` between what was kept and what was consumed.
+    pub fn look_back(&self, mem: &impl Memory, position: u64) -> Result<Header, Fault> {
+        layout::parse(mem.read_prefix(position), self.head.saturating_sub(position))
     }
 
     /// Published slots not yet consumed; looks at the producer's index only when the cached one is used up.
@@ -332,9 +419,14 @@ impl Consumer {
     /// The pool reference of the message at the head: still the peer's claim.
     #[inline]
     pub fn read_pool_ref(&self, mem: &impl Memory) -> PoolRef {
+        self.read_pool_ref_at(mem, self.head)
+    }
+
+    /// The same of a message at another place.
+    pub fn read_pool_ref_at(&self, mem: &impl Memory, position: u64) -> PoolRef {
         const _: () = assert!(INLINE_FIRST >= 16);
         let mut bytes = [0; 16];
-        mem.read(self.head * SLOT as u64 + PREFIX as u64, &mut bytes);
+        mem.read(position * SLOT as u64 + PREFIX as u64, &mut bytes);
         let word = |half: &[u8]| half.iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
         PoolRef { offset: word(&bytes[..8]), token: word(&bytes[8..]) }
     }
@@ -349,7 +441,7 @@ impl Consumer {
     /// would be on the way of every reply. Whoever finds the ring empty calls `release`.
     #[inline]
     pub fn release_some(&mut self, mem: &impl Memory) -> Wake {
-        if self.head - self.released < mem.capacity() / 4 {
+        if self.head.min(self.limit) - self.released < mem.capacity() / 4 {
             return Wake(DISARMED);
         }
         self.release(mem)
@@ -358,11 +450,12 @@ impl Consumer {
     /// Give all consumed slots back.
     #[inline]
     pub fn release(&mut self, mem: &impl Memory) -> Wake {
-        if self.head == self.released {
+        let head = self.head.min(self.limit);
+        if head == self.released {
             return Wake(DISARMED);
         }
-        mem.head().store(self.head, Ordering::Release);
-        self.released = self.head;
+        mem.head().store(head, Ordering::Release);
+        self.released = head;
         take_down(mem.room_armed(), mem.room_sleepy())
     }
 

@@ -283,8 +283,8 @@ fn each_end_holds_the_other_to_its_rights() {
 fn each_wrong_field_of_a_header_is_named() {
     let wrong = [
         (layout::OFF_MAGIC, 0, Fault::Magic),
-        (layout::OFF_VERSION, 2 | 64 << 32, Fault::Version),
-        (layout::OFF_VERSION, 1 | 128 << 32, Fault::Geometry),
+        (layout::OFF_VERSION, 1 | 64 << 32, Fault::Version),
+        (layout::OFF_VERSION, 2 | 128 << 32, Fault::Geometry),
         (layout::OFF_GENERATION, 8, Fault::Generation),
     ];
     for (offset, value, expected) in wrong {

@@ -5,15 +5,16 @@ mod common;
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::{memfd, take, Segments};
+use common::{memfd, open_state, state, take, Segments};
 use snap_dataplane::engine::mailbox::Mailbox;
-use snap_dataplane::engine::worker::{Settings, Worker};
+use snap_dataplane::engine::worker::{News, Settings, Worker};
 use snap_dataplane::engine::{self, Channel, Channels, Engine};
 use snap_dataplane::layout::{DIR_TAIL, OFF_DIRECTION};
 use snap_dataplane::poller::Wait;
+use snap_dataplane::state::Segment;
 use snap_dataplane::stats::{Page, Record, BYTES, FIELDS};
 
 /// Longer than anything here takes; only a wrong program meets it.
@@ -28,17 +29,34 @@ fn until(what: &str, mut ready: impl FnMut() -> bool) {
 }
 
 fn worker(engine: Box<dyn Engine>) -> Worker {
-    let settings = Settings { name: "test".into(), stats: None, budget: 64, wait: Wait::Block };
+    let settings = Settings {
+        name: "test".into(),
+        stats: None,
+        budget: 64,
+        wait: Wait::Block,
+        segment: Arc::new(Mutex::new(open_state(&state(Vec::new())))),
+        source: None,
+        ownership: None,
+        generation: 1,
+    };
     Worker::start(engine, settings).expect("a thread")
+}
+
+fn faults_of(news: Vec<News>) -> Vec<(u64, String)> {
+    let fault = |news| match news {
+        News::Fault { channel, reason } => Some((channel, reason)),
+        _ => None,
+    };
+    news.into_iter().filter_map(fault).collect()
 }
 
 /// An engine that counts how often it is polled, around the real echo.
 struct Counted(Box<dyn Engine>, Arc<AtomicUsize>);
 
 impl Engine for Counted {
-    fn poll(&mut self, channels: &mut Channels, budget: usize) -> usize {
+    fn poll(&mut self, channels: &mut Channels, state: &mut Segment, budget: usize) -> usize {
         self.1.fetch_add(1, Ordering::Relaxed);
-        self.0.poll(channels, budget)
+        self.0.poll(channels, state, budget)
     }
 }
 
@@ -50,13 +68,13 @@ fn a_dropped_channel_cannot_keep_the_worker_awake_and_the_others_are_served() {
     let mut client = good.client();
     for (id, segments) in [(1, &bad), (2, &good)] {
         let end = segments.server();
-        assert!(worker.attach(Channel { id, tx: end.tx, rx: end.rx }, LIMIT).expect("epoll"));
+        assert!(worker.attach(Channel::new(id, end.tx, end.rx, id as usize).expect("a line"), LIMIT).expect("epoll"));
     }
     bad.word(OFF_DIRECTION[0] + DIR_TAIL, 1 << 40);
     bad.bells[0].ring();
     let mut faults = Vec::new();
     until("the fault", || {
-        faults.extend(worker.take_faults());
+        faults.extend(faults_of(worker.take_news()));
         !faults.is_empty()
     });
     assert_eq!(faults, [(1, "ring index out of range".to_owned())]);
@@ -82,13 +100,13 @@ fn a_dropped_channel_cannot_keep_the_worker_awake_and_the_others_are_served() {
 fn a_panicking_engine_ends_alone_and_says_so() {
     struct Panics;
     impl Engine for Panics {
-        fn poll(&mut self, _channels: &mut Channels, _budget: usize) -> usize {
+        fn poll(&mut self, _channels: &mut Channels, _state: &mut Segment, _budget: usize) -> usize {
             panic!("on purpose");
         }
     }
     let mut worker = worker(Box::new(Panics));
     until("the end", || !worker.alive());
-    assert_eq!(worker.take_faults(), [(0, "on purpose".to_owned())]);
+    assert!(worker.take_news().iter().any(|news| matches!(news, News::Ended(text) if text == "on purpose")));
     assert!(worker.stop(LIMIT));
 }
 

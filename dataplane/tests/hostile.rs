@@ -9,12 +9,13 @@ mod common;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use common::{take, End, Random, Segments};
+use common::{open_state, state, take, End, Random, Segments};
 use proptest::prelude::*;
 use snap_dataplane::core::{Role, State};
 use snap_dataplane::engine::{self, Channel, Channels};
 use snap_dataplane::error::{Error, Fault};
 use snap_dataplane::layout::{self, PoolRef};
+use snap_dataplane::ledger;
 use snap_dataplane::ring::ARMED_EVENT;
 use snap_dataplane::segment::Mapping;
 
@@ -160,8 +161,11 @@ fn an_engine_drops_scribbled_channels_and_serves_the_others() {
         let mut channels = Channels::default();
         for (id, segments) in [(1, &bad), (2, &good)] {
             let end = segments.server();
-            channels.attach(Channel { id, tx: end.tx, rx: end.rx });
+            channels.attach(Channel::new(id, end.tx, end.rx, id as usize).expect("a line"));
         }
+        let mut state = open_state(&state(Vec::new()));
+        ledger::take(&mut state, None, 1).expect("blank");
+        ledger::take_channels(&mut state, channels.served());
         for number in 0..200u64 {
             (0..20).for_each(|_| scribble(&bad.map, &mut random, true));
             let body = vec![number as u8; random.below(3000)];
@@ -169,7 +173,8 @@ fn an_engine_drops_scribbled_channels_and_serves_the_others() {
             client.tx.publish();
             let mut answer = None;
             for _ in 0..4 {
-                echo.poll(&mut channels, 64);
+                echo.poll(&mut channels, &mut state, 64);
+                ledger::commit(&mut state, channels.served());
                 answer = answer.or(take(&mut client.rx).expect("sound"));
             }
             assert_eq!(answer, Some((number, body)));

@@ -7,12 +7,29 @@ pub mod worker;
 
 use crate::channel::{Rx, Tx};
 use crate::error::{Error, Result};
+use crate::ledger::{Line, Served};
+use crate::state::{self, Schema, Segment, StateError};
 
 /// A channel as an engine holds it.
 pub struct Channel {
     pub id: u64,
     pub tx: Tx,
     pub rx: Rx,
+    line: Line,
+}
+
+impl Channel {
+    /// `line`: the channel's gate line, where the state keeps its positions. Raises `Usage`.
+    pub fn new(id: u64, mut tx: Tx, mut rx: Rx, line: usize) -> state::Result<Channel> {
+        let line = Line::join(line, id, &mut tx, &mut rx)?;
+        Ok(Channel { id, tx, rx, line })
+    }
+}
+
+impl Served for Channel {
+    fn parts(&mut self) -> (&mut Line, &mut Tx, &mut Rx) {
+        (&mut self.line, &mut self.tx, &mut self.rx)
+    }
 }
 
 /// The channels of one engine, in the order in which they were attached.
@@ -45,6 +62,11 @@ impl Channels {
         self.list.iter_mut()
     }
 
+    /// For the ledger.
+    pub fn served(&mut self) -> &mut [Channel] {
+        &mut self.list
+    }
+
     /// Serve every channel, beginning with another one each time so that a budget is shared fairly. `serve` says how much
     /// of the budget it used; a channel whose service fails is dropped with the reason, and the others are served on.
     pub fn each(&mut self, budget: usize, mut serve: impl FnMut(&mut Channel, usize) -> Result<usize>) -> usize {
@@ -70,6 +92,11 @@ impl Channels {
         used
     }
 
+    #[inline]
+    pub fn any_dropped(&self) -> bool {
+        !self.dropped.is_empty()
+    }
+
     /// Channels dropped since the last call.
     pub fn take_dropped(&mut self) -> Vec<(Channel, Error)> {
         std::mem::take(&mut self.dropped)
@@ -77,9 +104,43 @@ impl Channels {
 }
 
 /// A stateful single-threaded task that never blocks and, on the steady path, never allocates.
+///
+/// What it writes to its state, receives and sends in one poll becomes permanent together, after the poll; what it keeps
+/// in itself must follow from the state (`adopt` builds it again) or be in the snapshot.
 pub trait Engine: Send {
     /// Do at most about `budget` messages of work; how much was done. 0 lets the worker wait.
-    fn poll(&mut self, channels: &mut Channels, budget: usize) -> usize;
+    fn poll(&mut self, channels: &mut Channels, state: &mut Segment, budget: usize) -> usize;
+
+    /// What the engine keeps in its state; the default is nothing.
+    fn schema(&self) -> Schema {
+        Schema { engine: String::new(), name: "none".into(), version: 1, oldest: 1, objects: Vec::new() }
+    }
+
+    /// The engine is going to run on `state`, which was rolled back to its last commit: look up objects, build caches.
+    /// An error refuses the state.
+    fn adopt(&mut self, _state: &mut Segment) -> state::Result<()> {
+        Ok(())
+    }
+
+    /// Convert packed rows of the object `object` from one schema version to another: `old` into `new`, which has as many.
+    fn convert(&self, object: &str, from: u32, to: u32, _old: &[u8], _new: &mut [u8]) -> state::Result<()> {
+        Err(StateError::Schema(format!("no conversion of {object:?} from version {from} to {to}")))
+    }
+
+    /// Small values to keep beside the objects, stored at a planned hand-over; none by default.
+    fn snapshot(&self) -> Option<Vec<u8>> {
+        None
+    }
+
+    /// Take over what `snapshot` of this or an older version gave. Called after `adopt`, when there is one.
+    fn restore(&mut self, _version: u32, _snapshot: &[u8]) -> state::Result<()> {
+        Ok(())
+    }
+
+    /// How long the oldest message has waited, in ns, as far as the engine knows.
+    fn queueing_delay(&self) -> u64 {
+        0
+    }
 }
 
 /// The engines that this crate ships, by the name that a manifest gives as `native:NAME`.

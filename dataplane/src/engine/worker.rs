@@ -1,35 +1,64 @@
-//! A worker: the thread that runs one engine.
+//! A worker: the thread that runs one engine whenever its process owns it.
+//!
+//! The thread waits for the ownership, takes the state and the channels over where their last commit left them, polls, and
+//! commits after every poll; told to hand over, it lets go at a poll boundary and waits again, as warm as it is. While it
+//! waits, whoever posts a piece of work runs it itself on the parked engine.
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::mailbox::Mailbox;
+use super::mailbox::{Mailbox, Work};
 use super::{Channel, Channels, Engine};
 use crate::bell::Bell;
 use crate::error::{Error, Result};
+use crate::ledger;
+use crate::ownership::{Ownership, Waited};
 use crate::poller::{self, Poller, Wait};
+use crate::state::{self, Segment, Shared as Segments, StateError, Word};
 use crate::stats::{self, Page};
 use crate::sync;
 
 /// Statistics and heartbeat are published this often while there is work; an idle engine publishes at every wake-up.
 const PUBLISH_EVERY: Duration = Duration::from_millis(10);
+/// A waiting engine beats its heart this often.
+const WAITING: Duration = Duration::from_millis(100);
+/// Polls under one lock of the state, which nobody else wants while the engine runs.
+const POLLS: u32 = 64;
 
-struct State {
+/// What runs on the engine's thread, or waits to.
+struct Running {
     engine: Box<dyn Engine>,
     channels: Channels,
+    segment: Segments,
+    owned: bool,
+}
+
+/// What became of an engine, for control code.
+#[derive(Debug)]
+pub enum News {
+    Fault { channel: u64, reason: String },
+    Took { first_poll_ns: u64, last_poll_ns: u64, undone: u64 },
+    Yielded { last_poll_ns: u64 },
+    Refused(StateError),
+    Ended(String),
 }
 
 struct Shared {
-    mailbox: Mailbox<State>,
+    mailbox: Mailbox<Running>,
+    /// The engine, while its thread waits for the ownership.
+    parked: Mutex<Option<Running>>,
     poller: Poller,
+    ownership: Option<Ownership>,
     stop: AtomicBool,
+    hand_over: AtomicBool,
+    retire: AtomicBool,
     alive: AtomicBool,
-    /// Rung when `faults` has news or the thread has ended.
-    news: Bell,
-    faults: Mutex<Vec<(u64, String)>>,
+    /// Rung when `news` has something.
+    bell: Bell,
+    news: Mutex<Vec<News>>,
 }
 
 pub struct Worker {
@@ -42,78 +71,135 @@ pub struct Settings {
     pub stats: Option<(Page, usize)>,
     pub budget: usize,
     pub wait: Wait,
+    pub segment: Segments,
+    /// The state that a migration filled `segment` from: it is taken over with its channels, and retired.
+    pub source: Option<Segments>,
+    pub ownership: Option<Ownership>,
+    pub generation: u64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    fn tell(&self, news: News) {
+        lock(&self.news).push(news);
+        self.bell.ring();
+    }
+
+    fn leaving(&self) -> bool {
+        self.stop.load(Ordering::Acquire) || self.hand_over.load(Ordering::Acquire)
+    }
 }
 
 impl Worker {
-    pub fn start(engine: Box<dyn Engine>, settings: Settings) -> Result<Worker> {
+    /// Begins to wait for the ownership at once; without one, the engine is owned.
+    pub fn start(engine: Box<dyn Engine>, mut settings: Settings) -> Result<Worker> {
+        let running =
+            Running { engine, channels: Channels::default(), segment: settings.segment.clone(), owned: false };
         let shared = Arc::new(Shared {
             mailbox: Mailbox::default(),
+            parked: Mutex::new(Some(running)),
             poller: Poller::new()?,
+            ownership: settings.ownership.take(),
             stop: AtomicBool::new(false),
+            hand_over: AtomicBool::new(false),
+            retire: AtomicBool::new(false),
             alive: AtomicBool::new(true),
-            news: Bell::new().map_err(|errno| Error::os("making a doorbell", errno))?,
-            faults: Mutex::new(Vec::new()),
+            bell: Bell::new().map_err(|errno| Error::os("making a doorbell", errno))?,
+            news: Mutex::default(),
         });
         let inner = shared.clone();
         let thread = std::thread::Builder::new()
             .name(settings.name.clone())
             .spawn(move || {
-                // A panic is the engine's own error; it ends this engine, and `alive` tells the module.
-                let outcome = catch_unwind(AssertUnwindSafe(|| run(&inner, engine, &settings)));
-                if let Err(panic) = outcome {
-                    let text = panic.downcast_ref::<&str>().map_or("engine panicked", |text| *text).to_owned();
-                    inner.faults.lock().unwrap_or_else(PoisonError::into_inner).push((0, text));
+                // A panic is the engine's own error; it ends this engine, and what its poll did is never committed.
+                let outcome = catch_unwind(AssertUnwindSafe(|| live(&inner, &mut settings)));
+                let text = match outcome {
+                    Ok(Ok(())) => String::new(),
+                    Ok(Err(error)) => error.to_string(),
+                    Err(panic) => panicked(&*panic),
+                };
+                if let Some(ownership) = &inner.ownership {
+                    // Gone is as good as free.
+                    let _ = ownership.release();
                 }
                 inner.alive.store(false, Ordering::Release);
-                inner.news.ring();
+                inner.tell(News::Ended(text));
             })
             .map_err(|source| Error::Os { what: "starting a worker thread", source })?;
         Ok(Worker { shared, thread: Some(thread) })
     }
 
-    fn post(&self, work: impl FnOnce(&mut State) + Send + 'static, timeout: Duration) -> bool {
-        let posted = self.shared.mailbox.post(Box::new(work), timeout).is_ok();
-        self.shared.poller.wake();
+    fn post(&self, work: Work<Running>, timeout: Duration) -> bool {
+        let shared = &self.shared;
+        if let Some(running) = &mut *lock(&shared.parked) {
+            work(running);
+            return true;
+        }
+        let posted = shared.mailbox.post(work, timeout).is_ok();
+        // The engine may have been parked in between, without a look.
+        if let Some(running) = &mut *lock(&shared.parked) {
+            shared.mailbox.run(running);
+        }
+        shared.poller.wake();
         posted
     }
 
     /// Hand a channel to the engine. False when the engine did not look into its mailbox for `timeout`.
     pub fn attach(&self, channel: Channel, timeout: Duration) -> Result<bool> {
         self.shared.poller.add(channel.rx.core().own_bell())?;
-        Ok(self.post(move |state| state.channels.attach(channel), timeout))
+        Ok(self.post(Box::new(move |running| running.attach(channel)), timeout))
     }
 
-    /// Take a channel away from the engine and close it.
+    /// Take a channel away from the engine.
     pub fn detach(&self, id: u64, timeout: Duration) -> bool {
         let shared = self.shared.clone();
-        self.post(
-            move |state| {
-                if let Some(channel) = state.channels.detach(id) {
-                    shared.poller.remove(channel.rx.core().own_bell());
-                    channel.rx.core().close();
-                }
-            },
-            timeout,
-        )
+        let work = move |running: &mut Running| {
+            if let Some(channel) = running.channels.detach(id) {
+                shared.poller.remove(channel.rx.core().own_bell());
+                channel.rx.core().close();
+            }
+        };
+        self.post(Box::new(work), timeout)
     }
 
-    pub fn take_faults(&self) -> Vec<(u64, String)> {
-        self.shared.news.drain();
-        std::mem::take(&mut *self.shared.faults.lock().unwrap_or_else(PoisonError::into_inner))
+    /// Let go at the next poll boundary, then wait for the ownership again or, with `retire`, end.
+    pub fn hand_over(&self, retire: bool) {
+        self.shared.retire.fetch_or(retire, Ordering::AcqRel);
+        self.shared.hand_over.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    /// What happened since the last call.
+    pub fn take_news(&self) -> Vec<News> {
+        self.shared.bell.drain();
+        std::mem::take(&mut *lock(&self.shared.news))
     }
 
     pub fn news(&self) -> &Bell {
-        &self.shared.news
+        &self.shared.bell
     }
 
     pub fn alive(&self) -> bool {
         self.shared.alive.load(Ordering::Acquire)
     }
 
-    /// End the thread; it finishes its current poll. True when it ended within `timeout`.
+    fn wake(&self) {
+        self.shared.poller.wake();
+        if let Some(ownership) = &self.shared.ownership {
+            if !ownership.held() {
+                ownership.cancel();
+            }
+        }
+    }
+
+    /// End the thread; it finishes its current poll, and what it did is left to whoever serves next. True when it ended
+    /// within `timeout`.
     pub fn stop(&mut self, timeout: Duration) -> bool {
         self.shared.stop.store(true, Ordering::Release);
-        self.shared.poller.wake();
+        self.wake();
         let end = Instant::now() + timeout;
         while self.alive() && Instant::now() < end {
             std::thread::sleep(Duration::from_micros(200));
@@ -128,66 +214,194 @@ impl Worker {
     }
 }
 
-fn run(shared: &Shared, engine: Box<dyn Engine>, settings: &Settings) {
-    let mut state = State { engine, channels: Channels::default() };
+fn panicked(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "the engine panicked".into())
+}
+
+impl Running {
+    fn attach(&mut self, channel: Channel) {
+        self.channels.attach(channel);
+        if self.owned {
+            let Some(last) = self.channels.served().last_mut() else { return };
+            // A fault is met by the next poll.
+            let _ = ledger::take_channels(&mut lock(&self.segment), std::slice::from_mut(last));
+        }
+    }
+
+    /// The ownership was got: go on where the last commit left everything. Words undone, and when the last poll was.
+    fn take(&mut self, settings: &mut Settings) -> state::Result<(u64, u64)> {
+        let mut segment = lock(&self.segment);
+        let source = settings.source.take();
+        let mut source = source.as_ref().map(|source| lock(source));
+        let last = source.as_ref().map_or(segment.get(Word::LastPollNs), |source| source.get(Word::LastPollNs));
+        let saved_version = source.as_ref().map_or(segment.header(), |source| source.header()).schema.version;
+        let saved = match &source {
+            Some(source) => state::saved(source)?,
+            None => Vec::new(),
+        };
+        let undone = ledger::take(&mut segment, source.as_deref_mut(), settings.generation)?;
+        let saved = if source.is_some() { saved } else { state::saved(&segment)? };
+        self.engine.adopt(&mut segment)?;
+        if !saved.is_empty() {
+            self.engine.restore(saved_version, &saved)?;
+        }
+        // A fault is met by the first poll.
+        let _ = ledger::take_channels(&mut segment, self.channels.served());
+        self.owned = true;
+        Ok((last, undone))
+    }
+
+    /// Commit, let go of everything; when that was.
+    fn let_go(&mut self) -> state::Result<u64> {
+        let mut segment = lock(&self.segment);
+        self.owned = false;
+        if let Some(snapshot) = self.engine.snapshot() {
+            state::save(&mut segment, &snapshot)?;
+        }
+        Ok(ledger::hand_over(&mut segment, self.channels.served()))
+    }
+
+    /// One poll, made permanent; how much was done.
+    #[inline]
+    fn poll(&mut self, segment: &mut Segment, budget: usize) -> usize {
+        let done = self.engine.poll(&mut self.channels, segment, budget);
+        ledger::commit(segment, self.channels.served());
+        ledger::polled(segment);
+        done
+    }
+}
+
+/// The thread: wait, take, poll, let go, and again.
+fn live(shared: &Shared, settings: &mut Settings) -> Result<()> {
     let mut meter = Meter::default();
+    while wait(shared, settings, &mut meter)? {
+        let Some(mut running) = lock(&shared.parked).take() else { break };
+        match running.take(settings) {
+            Ok((last_poll_ns, undone)) => {
+                let first_poll_ns = ledger::first_poll(&lock(&running.segment));
+                poll_once(shared, &mut running, settings, &mut meter);
+                shared.tell(News::Took { first_poll_ns, last_poll_ns, undone });
+            }
+            Err(error) => {
+                shared.tell(News::Refused(error));
+                break;
+            }
+        }
+        run(shared, &mut running, settings, &mut meter);
+        shared.hand_over.store(false, Ordering::Release);
+        let yielded = running.let_go();
+        // Only somebody who waits may be asked to run work on it: parked before the ownership goes.
+        let mut parked = lock(&shared.parked);
+        let running = parked.insert(running);
+        shared.mailbox.run(running);
+        drop(parked);
+        if let Some(ownership) = &shared.ownership {
+            ownership.release()?;
+        }
+        let last_poll_ns = yielded.map_err(|error| Error::Os {
+            what: "storing the snapshot at a hand-over",
+            source: std::io::Error::other(error.to_string()),
+        })?;
+        if shared.stop.load(Ordering::Acquire) {
+            break;
+        }
+        shared.tell(News::Yielded { last_poll_ns });
+        if shared.retire.load(Ordering::Acquire) {
+            break;
+        }
+    }
+    for channel in lock(&shared.parked).iter_mut().flat_map(|running| running.channels.iter_mut()) {
+        channel.rx.core().close();
+    }
+    Ok(())
+}
+
+/// Wait for the ownership; false when the engine is to end first.
+fn wait(shared: &Shared, settings: &Settings, meter: &mut Meter) -> Result<bool> {
+    loop {
+        if shared.stop.load(Ordering::Acquire) || shared.retire.load(Ordering::Acquire) {
+            return Ok(false);
+        }
+        let Some(ownership) = &shared.ownership else { return Ok(true) };
+        if ownership.acquire(Some(WAITING))? == Waited::Owned {
+            // Asked for while nothing was held: that is done.
+            shared.hand_over.store(false, Ordering::Release);
+            return Ok(true);
+        }
+        meter.beat(settings);
+    }
+}
+
+fn poll_once(shared: &Shared, running: &mut Running, settings: &Settings, meter: &mut Meter) {
+    let segment = running.segment.clone();
+    let done = running.poll(&mut lock(&segment), settings.budget);
+    report(shared, &mut running.channels);
+    meter.poll(done);
+}
+
+fn run(shared: &Shared, running: &mut Running, settings: &Settings, meter: &mut Meter) {
+    let segment = running.segment.clone();
     let mut idle_since: Option<Instant> = None;
-    while !shared.stop.load(Ordering::Acquire) {
-        shared.mailbox.run(&mut state);
-        let done = state.engine.poll(&mut state.channels, settings.budget);
-        report(shared, &mut state.channels);
-        meter.poll(done);
+    while !shared.leaving() {
+        shared.mailbox.run(running);
+        let mut held = lock(&segment);
+        let mut done = 0;
+        for _ in 0..POLLS {
+            done = running.poll(&mut held, settings.budget);
+            meter.poll(done);
+            if done == 0 || running.channels.any_dropped() || shared.mailbox.is_full() || shared.leaving() {
+                break;
+            }
+        }
+        drop(held);
+        report(shared, &mut running.channels);
         if done > 0 {
             idle_since = None;
-            meter.publish(settings, &state.channels, PUBLISH_EVERY);
+            meter.publish(settings, running.channels.len(), PUBLISH_EVERY);
             continue;
         }
         let since = *idle_since.get_or_insert_with(Instant::now);
         if poller::spins(settings.wait, since) {
-            meter.publish(settings, &state.channels, PUBLISH_EVERY);
+            meter.publish(settings, running.channels.len(), PUBLISH_EVERY);
             std::hint::spin_loop();
             continue;
         }
-        idle(shared, &mut state, settings, &mut meter);
+        idle(shared, running, settings, meter);
         idle_since = (settings.wait == Wait::Adaptive).then(Instant::now);
-    }
-    for channel in state.channels.iter_mut() {
-        channel.rx.core().close();
     }
 }
 
 /// Arm, look again, sleep.
-fn idle(shared: &Shared, state: &mut State, settings: &Settings, meter: &mut Meter) {
-    meter.publish(settings, &state.channels, Duration::ZERO);
+fn idle(shared: &Shared, running: &mut Running, settings: &Settings, meter: &mut Meter) {
+    meter.publish(settings, running.channels.len(), Duration::ZERO);
     let mut announced = false;
-    for channel in state.channels.iter_mut() {
+    for channel in running.channels.iter_mut() {
         let room = channel.tx.stalled();
         announced |= poller::raise(&mut channel.tx, &mut channel.rx, room);
     }
     sync::settle(announced);
-    let idle = state.channels.iter_mut().all(|channel| {
+    let idle = running.channels.iter_mut().all(|channel| {
         let room = channel.tx.stalled();
         poller::idle(&mut channel.tx, &mut channel.rx, room)
     });
-    if idle && !shared.mailbox.is_full() && !shared.stop.load(Ordering::Acquire) {
+    if idle && !shared.mailbox.is_full() && !shared.leaving() {
         shared.poller.sleep(None);
         meter.wake();
     }
-    state.channels.iter_mut().for_each(|channel| poller::lower(&channel.tx, &channel.rx));
+    running.channels.iter_mut().for_each(|channel| poller::lower(&channel.tx, &channel.rx));
 }
 
 /// Hand dropped channels over to control code.
 fn report(shared: &Shared, channels: &mut Channels) {
-    let dropped = channels.take_dropped();
-    if dropped.is_empty() {
+    if !channels.any_dropped() {
         return;
     }
-    // Its bell is the client's as well: left in the poller, it would go on waking this worker.
-    dropped.iter().for_each(|(channel, _)| shared.poller.remove(channel.rx.core().own_bell()));
-    let mut faults = shared.faults.lock().unwrap_or_else(PoisonError::into_inner);
-    faults.extend(dropped.into_iter().map(|(channel, error)| (channel.id, error.to_string())));
-    drop(faults);
-    shared.news.ring();
+    for (channel, error) in channels.take_dropped() {
+        // Its bell is the client's as well: left in the poller, it would go on waking this worker.
+        shared.poller.remove(channel.rx.core().own_bell());
+        shared.tell(News::Fault { channel: channel.id, reason: error.to_string() });
+    }
 }
 
 /// Counts polls and work, and times what was busy between two publications.
@@ -217,7 +431,14 @@ impl Meter {
         self.busy_from = Instant::now();
     }
 
-    fn publish(&mut self, settings: &Settings, channels: &Channels, every: Duration) {
+    /// Alive, though somebody else serves.
+    fn beat(&mut self, settings: &Settings) {
+        self.wake();
+        self.published = self.busy_from;
+        self.write(settings);
+    }
+
+    fn publish(&mut self, settings: &Settings, channels: usize, every: Duration) {
         // The clock is read every 64th poll only.
         if !every.is_zero() && self.polls_since < 64 {
             return;
@@ -230,9 +451,13 @@ impl Meter {
         self.published = now;
         self.record[2] += (now - self.busy_from).as_nanos() as u64;
         self.busy_from = now;
+        self.record[4] = channels as u64;
+        self.write(settings);
+    }
+
+    fn write(&mut self, settings: &Settings) {
         if let Some((page, index)) = &settings.stats {
             self.record[3] = stats::monotonic_ns();
-            self.record[4] = channels.len() as u64;
             page.write(*index, &self.record);
         }
     }

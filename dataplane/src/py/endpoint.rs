@@ -390,6 +390,13 @@ impl Endpoint {
         Ok(Payload::inline(header.tag, bytes))
     }
 
+    fn unread(&self, py: Python<'_>, count: usize) -> PyResult<()> {
+        if self.rx.enter(py)?.unread(count).map_err(|error| convert(py, error))? {
+            return Ok(());
+        }
+        Err(PyValueError::new_err("so many messages were not received since the last commit of a ledger"))
+    }
+
     /// Messages of any inline size that are sure to fit now.
     fn room(&self, py: Python<'_>) -> PyResult<u64> {
         self.tx.enter(py)?.room().map_err(|error| convert(py, error))

@@ -37,6 +37,7 @@ pub fn convert(py: Python<'_>, error: Error) -> PyErr {
         Error::Revoked => ("RevokedError", "ask for a new grant: `snapctl cap why` tells which rule applies"),
         Error::Gone => ("PeerGoneError", "Channel.reopen() gets a fresh channel when the service is back"),
         Error::Closed => ("ClosedError", ""),
+        Error::Dormant => ("BusyError", "it can be used after `Ledger.take`"),
         Error::Moved => ("PeerGoneError", "Channel.reopen() gets a channel to the new generation"),
         Error::Denied(_) => ("DeniedError", "the policy decides the rights of a channel"),
         Error::Faulted(_) => ("FaultedError", "the channel is closed for good; open a new one"),

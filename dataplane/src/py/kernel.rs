@@ -68,6 +68,15 @@ impl ChannelControl {
         Ok(State::from_word(word).map_or("unknown", State::name))
     }
 
+    fn longest_wait(&self, py: Python<'_>) -> PyResult<u64> {
+        Ok(self.held(py)?.ring.u64_at(layout::OFF_LONGEST_WAIT).load(Ordering::Acquire))
+    }
+
+    fn clear_longest_wait(&self, py: Python<'_>) -> PyResult<()> {
+        channel::clear_longest_wait(&self.held(py)?.ring);
+        Ok(())
+    }
+
     fn depth(&self, py: Python<'_>) -> PyResult<(i64, i64)> {
         let ring = &self.held(py)?.ring;
         let depth = |direction: usize| {

@@ -6,6 +6,7 @@ mod errors;
 mod fast;
 mod half;
 mod kernel;
+mod ledger;
 mod measure;
 mod runtime;
 mod state;
@@ -62,10 +63,14 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<state::StateTable>()?;
     module.add_class::<state::StateSlab>()?;
     module.add_class::<state::StateArray>()?;
+    module.add_class::<ledger::Ledger>()?;
+    module.add_class::<ledger::Ownership>()?;
     module.add_class::<runtime::Poller>()?;
     module.add_class::<runtime::Worker>()?;
     module.add_function(wrap_pyfunction!(ring_bytes, module)?)?;
     module.add_function(wrap_pyfunction!(engines, module)?)?;
+    module.add_function(wrap_pyfunction!(runtime::engine_schema, module)?)?;
+    module.add_function(wrap_pyfunction!(runtime::engine_convert, module)?)?;
     module.add_function(wrap_pyfunction!(install_sigbus_guard, module)?)?;
     module.add_function(wrap_pyfunction!(measure::measure_line, module)?)?;
     module.add_function(wrap_pyfunction!(measure::measure_check, module)?)

@@ -2,17 +2,23 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyTuple};
 
 use super::endpoint::{borrow, Endpoint};
 use super::errors::{convert, raise};
+use super::fast::Buffer;
+use super::state::{self, State};
 use super::waiting::mode;
-use crate::engine::{self, worker};
+use crate::engine::{self, worker, worker::News};
+use crate::ledger;
+use crate::ownership::Ownership;
 use crate::poller::{self, Wait};
+use crate::state::ObjectSpec;
 use crate::stats::Page;
 use crate::sync;
 
@@ -174,20 +180,22 @@ impl Worker {
 #[pymethods]
 impl Worker {
     #[new]
-    #[pyo3(signature = (name, engine, stats_fd=-1, stats_index=0, budget=64, wait=1))]
+    #[pyo3(signature = (name, engine, state, semaphore, generation, stats_fd=-1, stats_index=0, budget=64, wait=1, source=None))]
+    #[allow(clippy::too_many_arguments)] // One call per engine; the names are the documentation.
     fn new(
         py: Python<'_>,
         name: String,
         engine: &str,
+        state: &State,
+        semaphore: i32,
+        generation: u64,
         stats_fd: i32,
         stats_index: usize,
         budget: usize,
         wait: u8,
+        source: Option<&State>,
     ) -> PyResult<Self> {
-        let Some(made) = engine::make(engine) else {
-            let text = format!("no native engine is called {engine:?}");
-            return Err(raise(py, "NotFoundError", &text, &format!("there are: {}", engine::NAMES.join(", "))));
-        };
+        let made = make(py, engine)?;
         if stats_index >= crate::stats::LINES || budget == 0 {
             return Err(PyValueError::new_err("stats_index or budget out of range"));
         }
@@ -196,19 +204,34 @@ impl Worker {
         } else {
             Some((Page::new(borrow(stats_fd)?, true).map_err(|error| convert(py, error))?, stats_index))
         };
-        let settings = worker::Settings { name, stats, budget, wait: mode(wait)? };
+        let held = state.held(py)?;
+        let source = source.map(|source| source.held(py)).transpose()?.map(|held| held.segment);
+        if source.as_ref().is_some_and(|source| Arc::ptr_eq(source, &held.segment)) {
+            return Err(raise(py, "UsageError", "a state is not its own source", ""));
+        }
+        held.frame.check_writable().map_err(|error| state::convert(py, error))?;
+        ledger::prefault(&held.frame);
+        let settings = worker::Settings {
+            name,
+            stats,
+            budget,
+            wait: mode(wait)?,
+            segment: held.segment,
+            source,
+            ownership: (semaphore >= 0).then(|| Ownership::new(semaphore)),
+            generation,
+        };
         let worker = worker::Worker::start(made, settings).map_err(|error| convert(py, error))?;
         Ok(Worker { worker: Mutex::new(worker) })
     }
 
-    fn attach(&self, py: Python<'_>, channel: u64, endpoint: &Bound<'_, Endpoint>) -> PyResult<()> {
+    fn attach(&self, py: Python<'_>, channel: u64, endpoint: &Bound<'_, Endpoint>, line: usize) -> PyResult<()> {
         let endpoint = endpoint.get();
-        let channel = engine::Channel { id: channel, tx: endpoint.tx().take(py)?, rx: endpoint.rx().take(py)? };
+        let channel = engine::Channel::new(channel, endpoint.tx().take(py)?, endpoint.rx().take(py)?, line)
+            .map_err(|error| state::convert(py, error))?;
         match py.detach(|| self.worker().attach(channel, MAILBOX_TIMEOUT)) {
             Ok(true) => Ok(()),
-            Ok(false) => {
-                Err(raise(py, "DeadlineError", "the engine did not look into its mailbox", "it hangs: restart it"))
-            }
+            Ok(false) => Err(hangs(py)),
             Err(error) => Err(convert(py, error)),
         }
     }
@@ -217,11 +240,17 @@ impl Worker {
         if py.detach(|| self.worker().detach(channel, MAILBOX_TIMEOUT)) {
             return Ok(());
         }
-        Err(raise(py, "DeadlineError", "the engine did not look into its mailbox", "it hangs: restart it"))
+        Err(hangs(py))
     }
 
-    fn take_faults(&self) -> Vec<(u64, String)> {
-        self.worker().take_faults()
+    #[pyo3(signature = (retire=false))]
+    fn hand_over(&self, retire: bool) {
+        self.worker().hand_over(retire);
+    }
+
+    fn take_news<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyTuple>>> {
+        let news = self.worker().take_news();
+        news.into_iter().map(|news| tell(py, news)).collect()
     }
 
     fn fileno(&self) -> i32 {
@@ -242,4 +271,66 @@ impl Worker {
         }
         Err(raise(py, "DeadlineError", "the engine did not end its poll", "it hangs: end its process"))
     }
+}
+
+fn hangs(py: Python<'_>) -> PyErr {
+    raise(py, "DeadlineError", "the engine did not look into its mailbox", "it hangs: restart it")
+}
+
+fn tell<'py>(py: Python<'py>, news: News) -> PyResult<Bound<'py, PyTuple>> {
+    match news {
+        News::Fault { channel, reason } => ("fault", channel, reason).into_pyobject(py),
+        News::Took { first_poll_ns, last_poll_ns, undone } => {
+            let more = PyDict::new(py);
+            more.set_item("last_poll_ns", last_poll_ns)?;
+            more.set_item("undone", undone)?;
+            ("took", first_poll_ns, more).into_pyobject(py)
+        }
+        News::Yielded { last_poll_ns } => ("yielded", last_poll_ns, py.None()).into_pyobject(py),
+        News::Refused(error) => {
+            let error = state::convert(py, error);
+            let code: String = error.value(py).getattr("code")?.extract()?;
+            ("refused", 0, (code, error.value(py).str()?)).into_pyobject(py)
+        }
+        News::Ended(text) => ("ended", 0, text).into_pyobject(py),
+    }
+}
+
+fn make(py: Python<'_>, engine: &str) -> PyResult<Box<dyn engine::Engine>> {
+    engine::make(engine).ok_or_else(|| {
+        let text = format!("no native engine is called {engine:?}");
+        raise(py, "NotFoundError", &text, &format!("there are: {}", engine::NAMES.join(", ")))
+    })
+}
+
+/// Kind, name, bytes of a key, bytes of an item, count, fields.
+type Spec = (&'static str, String, usize, usize, usize, String);
+
+#[pyfunction]
+pub fn engine_schema(py: Python<'_>, engine: &str) -> PyResult<(String, u32, u32, Vec<Spec>)> {
+    let schema = make(py, engine)?.schema();
+    let spec = |spec: ObjectSpec| (spec.kind.name(), spec.name, spec.key, spec.item, spec.count, spec.fields);
+    Ok((schema.name, schema.version, schema.oldest, schema.objects.into_iter().map(spec).collect()))
+}
+
+#[pyfunction]
+#[allow(clippy::too_many_arguments)] // As the trait has them.
+pub fn engine_convert(
+    py: Python<'_>,
+    engine: &str,
+    name: &str,
+    from_version: u32,
+    to_version: u32,
+    old: &Bound<'_, PyAny>,
+    new: &Bound<'_, PyAny>,
+    count: usize,
+) -> PyResult<()> {
+    let (old, mut new) = (Buffer::get(old, false)?, Buffer::get(new, true)?);
+    let whole = |bytes: usize| if count == 0 { bytes == 0 } else { bytes % count == 0 };
+    if !whole(old.bytes().len()) || !whole(new.bytes_mut().len()) {
+        return Err(PyValueError::new_err("the buffers are not `count` packed rows"));
+    }
+    make(py, engine)?
+        .convert(name, from_version, to_version, old.bytes(), new.bytes_mut())
+        .map_err(|error| state::convert(py, error))
 }

@@ -68,6 +68,9 @@ pub trait Awaited: Send {
     }
     /// It took its time to come.
     fn uncrowd(&mut self) {}
+    /// It really has to be waited for, from now on and then no more.
+    fn begin(&mut self) {}
+    fn end(&mut self) {}
 }
 
 pub struct Data<'a>(pub &'a mut Rx);
@@ -91,6 +94,12 @@ impl Awaited for Data<'_> {
     }
     fn uncrowd(&mut self) {
         self.0.uncrowd();
+    }
+    fn begin(&mut self) {
+        self.0.begin_wait();
+    }
+    fn end(&mut self) {
+        self.0.waited();
     }
 }
 
@@ -136,9 +145,16 @@ pub fn wait(py: Python<'_>, mut what: impl Awaited, deadline: Deadline, wait: Wa
         }
         what.uncrowd();
     }
+    what.begin();
+    let outcome = wait_on(py, &mut what, deadline, wait);
+    what.end();
+    outcome
+}
+
+fn wait_on(py: Python<'_>, what: &mut impl Awaited, deadline: Deadline, wait: Wait) -> PyResult<bool> {
     let since = Instant::now();
     loop {
-        match py.detach(|| slice(&mut what, deadline, wait, since)).map_err(|error| convert(py, error))? {
+        match py.detach(|| slice(what, deadline, wait, since)).map_err(|error| convert(py, error))? {
             Outcome::Ready => return Ok(true),
             Outcome::Timeout => return Ok(false),
             Outcome::Signals => py.check_signals()?,

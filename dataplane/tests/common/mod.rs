@@ -12,6 +12,7 @@ use snap_dataplane::error::Result;
 use snap_dataplane::gate::{self, Gate};
 use snap_dataplane::layout;
 use snap_dataplane::segment::Mapping;
+use snap_dataplane::state::{self, Frame, ObjectSpec, Schema, Segment};
 
 pub const GENERATION: u32 = 7;
 
@@ -19,6 +20,18 @@ pub fn memfd(bytes: usize) -> OwnedFd {
     let fd = memfd_create("snap-test", MemfdFlags::CLOEXEC).expect("memfd");
     ftruncate(&fd, bytes as u64).expect("ftruncate");
     fd
+}
+
+/// A blank state segment with these objects.
+pub fn state(objects: Vec<ObjectSpec>) -> OwnedFd {
+    let fd = memfd(state::MIN_BYTES + (1 << 20));
+    let schema = Schema { engine: "test".into(), name: "test".into(), version: 1, oldest: 1, objects };
+    Frame::format(fd.as_fd(), &schema, 1 << 16).expect("format");
+    fd
+}
+
+pub fn open_state(fd: &OwnedFd) -> Segment {
+    Segment::open(fd.as_fd(), true).expect("open")
 }
 
 pub struct End {
