@@ -222,7 +222,7 @@ def main(arguments: list[str]) -> int:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     setproctitle.setproctitle(f"torture: client {number}")
     ended = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+    threading.Thread(target=_await_end, args=(ended,), daemon=True).start()
     ledger = Ledger(Path(path))
     session = Session(Model(int(seed), int(number)), ledger, int(window), random.Random(f"{seed} {number}"))
     client: ipc.Client | None = None
@@ -240,6 +240,11 @@ def main(arguments: list[str]) -> int:
         if client is not None:
             client.close()
     return 0
+
+
+def _await_end(ended: threading.Event) -> None:
+    sys.stdin.read()
+    ended.set()
 
 
 def _say(session: Session, ledger: Ledger, error: BaseException) -> int:

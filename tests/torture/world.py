@@ -93,8 +93,16 @@ class World:
     # -- kernel ---------------------------------------------------------------------------------------------
 
     def start_kernel(self) -> None:
-        command = [sys.executable, "-m", "tests.torture.kernel", "--runtime-dir", self.runtime, "--respawn"]
-        command += ["--policy", self.directory / "policy.toml", "--module-path", self.directory / "modules"]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.torture.kernel",
+            "--runtime-dir",
+            str(self.runtime),
+            "--respawn",
+        ]
+        command += ["--policy", str(self.directory / "policy.toml")]
+        command += ["--module-path", str(self.directory / "modules")]
         with (self.directory / "kernel.output").open("ab") as output:
             subprocess.Popen(
                 command,
