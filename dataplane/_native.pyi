@@ -1,6 +1,6 @@
 """Typed face of the Rust crate: see `dataplane/src/`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Self, final
 
 from typing_extensions import Buffer
@@ -364,9 +364,11 @@ class Worker:
         budget: int = 64,
         wait: int = ADAPTIVE,
         source: State | None = None,
+        finish: Callable[[], object] | None = None,
     ) -> Self:
-        """Begins to wait for ownership at once. `source`: see `Ledger.take`. semaphore -1: none (tests,
-        benchmarks)."""
+        """Begins to wait for ownership at once. `source`: see `Ledger.take`. `finish` is called once the ownership
+        was got, on the engine's thread, before anything is taken over (the last rows of a migration); what it raises
+        refuses the state. semaphore -1: none (tests, benchmarks)."""
     def attach(self, channel: int, endpoint: Endpoint, line: int) -> None:
         """Move a server endpoint (consumed) to the engine through its mailbox, waiting or running."""
     def detach(self, channel: int) -> None: ...

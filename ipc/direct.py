@@ -70,8 +70,12 @@ def accept(sock: socket.socket) -> _native.Endpoint:
 
 def echo(endpoint: _native.Endpoint) -> _native.Worker:
     """Hand a server's end to the native echo engine on a thread of its own."""
-    worker = _native.Worker("echo", "echo", wait=_native.ADAPTIVE)
-    worker.attach(1, endpoint)
+    with Segment.create(_native.State.MIN_BYTES) as segment:
+        name, version, oldest, objects = _native.engine_schema("echo")
+        _native.State.format(segment.fd, "echo", name, version, oldest, objects)
+        state = _native.State(segment.fd)
+    worker = _native.Worker("echo", "echo", state, -1, 1, wait=_native.ADAPTIVE)
+    worker.attach(1, endpoint, 0)
     return worker
 
 

@@ -26,6 +26,7 @@ from snap.ipc.protocol import (
 )
 
 from .engine import Engine
+from .migration import Migration
 from .preparing import EngineCode, Prepared, prepare, reporter
 from .serving import ServerChannel
 from .worker import PythonWorker, Runner
@@ -56,6 +57,7 @@ class Seat:
         self.semaphore = -1
         self._host, self._code, self._index = host, code, index
         self._worker: Runner | None = None
+        self._migration: Migration | None = None
         self._turn = 0
         self._channels: dict[int, _Attached] = {}
 
@@ -141,6 +143,7 @@ class Seat:
 
     def _start(self, prepared: Prepared) -> Runner:
         host, table, migration = self._host, self._code.table, prepared.migration
+        self._migration = migration
         place = (prepared.state, self.semaphore, host.order.generation)
         if table.native is not None:
             return _native.Worker(
@@ -151,7 +154,7 @@ class Seat:
                 self._index,
                 table.budget,
                 _WAITS[table.wait],
-                None if migration is None else migration.source,
+                **({} if migration is None else {"source": migration.source, "finish": migration.finish}),
             )
         assert isinstance(self._code.engine, Engine)
         stats = _native.StatsPage(host.stats_fd, True)
@@ -248,6 +251,9 @@ class Seat:
         for attached in self._channels.values():
             seqpacket.close_all(attached.fds)
             attached.fds = []
+        migration, self._migration = self._migration, None
+        if migration is not None:
+            how = how | {"converted": migration.converted}
         self._host.link.send(Took(engine=self.name, first_poll_ns=first_poll_ns, **how))
         seats = self._host.seats
         if all(seat.stage == "running" for seat in seats.values()):

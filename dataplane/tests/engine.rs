@@ -38,6 +38,7 @@ fn worker(engine: Box<dyn Engine>) -> Worker {
         source: None,
         ownership: None,
         generation: 1,
+        finish: None,
     };
     Worker::start(engine, settings).expect("a thread")
 }

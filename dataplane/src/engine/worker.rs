@@ -42,7 +42,7 @@ pub enum News {
     Fault { channel: u64, reason: String },
     Took { first_poll_ns: u64, last_poll_ns: u64, undone: u64 },
     Yielded { last_poll_ns: u64 },
-    Refused(StateError),
+    Refused(Refusal),
     Ended(String),
 }
 
@@ -76,6 +76,24 @@ pub struct Settings {
     pub source: Option<Segments>,
     pub ownership: Option<Ownership>,
     pub generation: u64,
+    /// Run when the ownership was got for the first time, before anything is taken over: what is left of a migration. When it
+    /// fails, nothing is taken.
+    pub finish: Option<Finish>,
+}
+
+pub type Finish = Box<dyn FnOnce() -> std::result::Result<(), Refusal> + Send>;
+
+/// Why a state is not taken over: the code of an error, and its text.
+#[derive(Debug)]
+pub struct Refusal {
+    pub code: String,
+    pub text: String,
+}
+
+impl From<StateError> for Refusal {
+    fn from(error: StateError) -> Refusal {
+        Refusal { code: error.code().into(), text: error.to_string() }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -230,7 +248,10 @@ impl Running {
     }
 
     /// The ownership was got: go on where the last commit left everything. Words undone, and when the last poll was.
-    fn take(&mut self, settings: &mut Settings) -> state::Result<(u64, u64)> {
+    fn take(&mut self, settings: &mut Settings) -> std::result::Result<(u64, u64), Refusal> {
+        if let Some(finish) = settings.finish.take() {
+            finish()?;
+        }
         let mut segment = lock(&self.segment);
         let source = settings.source.take();
         let mut source = source.as_ref().map(|source| lock(source));

@@ -14,7 +14,8 @@ use super::errors::{convert, raise};
 use super::fast::Buffer;
 use super::state::{self, State};
 use super::waiting::mode;
-use crate::engine::{self, worker, worker::News};
+use crate::engine;
+use crate::engine::worker::{self, News, Refusal};
 use crate::ledger;
 use crate::ownership::Ownership;
 use crate::poller::{self, Wait};
@@ -180,7 +181,7 @@ impl Worker {
 #[pymethods]
 impl Worker {
     #[new]
-    #[pyo3(signature = (name, engine, state, semaphore, generation, stats_fd=-1, stats_index=0, budget=64, wait=1, source=None))]
+    #[pyo3(signature = (name, engine, state, semaphore, generation, stats_fd=-1, stats_index=0, budget=64, wait=1, source=None, finish=None))]
     #[allow(clippy::too_many_arguments)] // One call per engine; the names are the documentation.
     fn new(
         py: Python<'_>,
@@ -194,6 +195,7 @@ impl Worker {
         budget: usize,
         wait: u8,
         source: Option<&State>,
+        finish: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let made = make(py, engine)?;
         if stats_index >= crate::stats::LINES || budget == 0 {
@@ -220,6 +222,7 @@ impl Worker {
             source,
             ownership: (semaphore >= 0).then(|| Ownership::new(semaphore)),
             generation,
+            finish: finish.map(finisher),
         };
         let worker = worker::Worker::start(made, settings).map_err(|error| convert(py, error))?;
         Ok(Worker { worker: Mutex::new(worker) })
@@ -287,13 +290,22 @@ fn tell<'py>(py: Python<'py>, news: News) -> PyResult<Bound<'py, PyTuple>> {
             ("took", first_poll_ns, more).into_pyobject(py)
         }
         News::Yielded { last_poll_ns } => ("yielded", last_poll_ns, py.None()).into_pyobject(py),
-        News::Refused(error) => {
-            let error = state::convert(py, error);
-            let code: String = error.value(py).getattr("code")?.extract()?;
-            ("refused", 0, (code, error.value(py).str()?)).into_pyobject(py)
-        }
+        News::Refused(Refusal { code, text }) => ("refused", 0, (code, text)).into_pyobject(py),
         News::Ended(text) => ("ended", 0, text).into_pyobject(py),
     }
+}
+
+fn finisher(call: Py<PyAny>) -> worker::Finish {
+    Box::new(move || {
+        Python::attach(|py| match call.call0(py) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                let value = error.value(py);
+                let code = value.getattr("code").and_then(|code| code.extract());
+                Err(Refusal { code: code.unwrap_or_else(|_| "failed".into()), text: value.to_string() })
+            }
+        })
+    })
 }
 
 fn make(py: Python<'_>, engine: &str) -> PyResult<Box<dyn engine::Engine>> {

@@ -51,6 +51,17 @@ pub enum StateError {
 }
 
 impl StateError {
+    /// The name of this error for programs, as `dataplane/errors.py` has it.
+    pub fn code(&self) -> &'static str {
+        match self {
+            StateError::Damaged(_) => "state_damaged",
+            StateError::Schema(_) => "schema",
+            StateError::Full(_) => "state_full",
+            StateError::Usage(_) => "usage",
+            StateError::Os { .. } => "resources",
+        }
+    }
+
     fn os(what: &'static str, errno: rustix::io::Errno) -> StateError {
         StateError::Os { what, source: errno.into() }
     }
