@@ -64,7 +64,7 @@ class Migration:
         self, source: _native.State, target: _native.State, convert: Convert, step: Step = lambda *_: None
     ) -> None:
         self.source = source
-        self.migrated = self.rounds = self.left = self.undone = 0
+        self.migrated = self.rounds = self.left = self.undone = self.converted = 0
         self._target, self._step = target, step
         self._complete = False
         olds = {spec["name"]: spec for spec in source.header["objects"]}
@@ -88,6 +88,8 @@ class Migration:
             if moved <= _FEW or (before is not None and moved > before * 0.8):
                 break
             before = moved
+        # Ready: what comes now is a part of waiting.
+        self._step = lambda *_: None
 
     def catch_up(self) -> int:
         """Convert what changed since the last look; how much. Nothing, before everything was converted once."""
@@ -108,7 +110,8 @@ class Migration:
             self._convert_all()
         self.migrated += sum(self._round(mover, frozen=True) for mover in self._movers)
         self.source.track(False)
-        return self.migrated - before
+        self.converted = self.migrated - before
+        return self.converted
 
     def _convert_all(self) -> None:
         for mover in self._movers:

@@ -114,28 +114,36 @@ def prepare(code: EngineCode, state_fd: int, source_fd: int | None, step: Step) 
 
     Raises StateDamagedError, SchemaError, StateFullError, and what the author's migration raises.
     """
-    own = code.state_schema()
-    if State.blank(state_fd):
-        step("format", 0, 1, 0)
-        State.format(state_fd, code.name, own.name, own.version, own.oldest, code.specs())
-        state = State(state_fd)
-    else:
-        state = State(state_fd)
-        if source_fd is not None or state.phase == "building":
-            raise StateDamagedError(
-                "the migration that was to fill this state was cut short", "give a blank one"
-            )
-        code.check_same(state)
-        verify(state, step)
     if source_fd is None:
-        return Prepared(state)
-    state.set_phase("building")
+        return Prepared(_adopt(code, state_fd, step))
     source = State(source_fd)
     convert = code.converter(source)
     verify(source, step)
+    if not State.blank(state_fd):
+        raise StateDamagedError("the migration that was to fill this state was cut short", "give a blank one")
+    state = _format(code, state_fd, step)
+    state.set_phase("building")
     migration = Migration(source, state, convert, step)
     migration.build()
     return Prepared(state, migration)
+
+
+def _adopt(code: EngineCode, fd: int, step: Step) -> State:
+    if State.blank(fd):
+        return _format(code, fd, step)
+    state = State(fd)
+    if state.phase == "building":
+        raise StateDamagedError("the migration that was to fill this state was cut short", "give a blank one")
+    code.check_same(state)
+    verify(state, step)
+    return state
+
+
+def _format(code: EngineCode, fd: int, step: Step) -> State:
+    own = code.state_schema()
+    step("format", 0, 1, 0)
+    State.format(fd, code.name, own.name, own.version, own.oldest, code.specs())
+    return State(fd)
 
 
 def verify(state: State, step: Step = lambda *_: None) -> None:

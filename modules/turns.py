@@ -29,7 +29,6 @@ class Taking(NamedTuple):
 
     last_poll_ns: int
     undone: int
-    converted: int
 
 
 class Turns:
@@ -92,11 +91,11 @@ class Turns:
         if migration is not None:
             source = migration.source
             last = source.header["last_poll_ns"]
-            converted = migration.finish()
+            migration.finish()
             self._restore(source, self.engine.snapshot)
             undone = migration.undone + self._ledger.take(generation, source)
         else:
-            last, converted = self.state.header["last_poll_ns"], 0
+            last = self.state.header["last_poll_ns"]
             undone = self._ledger.take(generation)
             self._restore(self.state)
         self.owned = True
@@ -104,7 +103,7 @@ class Turns:
         self._announce()
         self._ledger.commit()
         faults.reach("module.took")
-        return Taking(last, undone, converted)
+        return Taking(last, undone)
 
     def hand_over(self) -> int:
         """The last commit before somebody else takes; when the last poll was, in ns."""

@@ -25,8 +25,8 @@ from .turns import Turns
 HEARTBEAT: Final = 1.0
 """Seconds between two heartbeats of an idle engine: its longest sleep."""
 
-_LOOK: Final = 0.02
-"""Seconds between two looks at what a migration left to convert, or at orders, while waiting for the ownership."""
+_LOOK: Final = 0.01
+"""Seconds between two looks at what a migration left to convert, while waiting for the ownership."""
 
 _PATIENCE: Final = 8
 """Wake-ups for nothing, one after the other, before the worker rests between them."""
@@ -91,11 +91,11 @@ class PythonWorker:
         """Hand `endpoint` over to the engine, who gets it at its next poll boundary."""
         endpoint.line = line
         self._turns.attach(endpoint)
-        self._poller.wake()
+        self._wake()
 
     def detach(self, channel: int) -> None:
         self._turns.detach(channel)
-        self._poller.wake()
+        self._wake()
 
     def hand_over(self, retire: bool = False) -> None:
         """Let go at the next poll boundary, then wait for the ownership again, or end."""
@@ -166,7 +166,8 @@ class PythonWorker:
         """Wait for the ownership, obeying meanwhile; False when the engine is to end first."""
         while not self._stopping and not self._retiring:
             self._turns.obey()
-            if self._ownership is None or self._ownership.acquire(_LOOK):
+            patience = HEARTBEAT if self._migration is None else _LOOK
+            if self._ownership is None or self._ownership.acquire(patience):
                 self._handing_over = False
                 return True
             if self._migration is not None:

@@ -9,7 +9,6 @@ import select
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,31 +20,29 @@ from snap.dataplane import _native
 from snap.dataplane.errors import BusyError, ChannelError, PeerGoneError
 from snap.ipc import seqpacket
 from snap.ipc.protocol import (
-    Attach,
     Attached,
     Broken,
-    Configure,
-    Decoder,
     Detach,
     Dropped,
     Failure,
     Found,
-    FromModule,
+    Loaded,
     Lookup,
     Mapped,
-    Message,
     Open,
     Opened,
     Ready,
     Serving,
     Started,
     Stop,
+    Took,
     encode,
 )
-from snap.modules import Engine, ServerChannel
+from snap.modules import Engine, Schema, ServerChannel
 from snap.modules.echo.engine import PyEcho
 from snap.modules.testing import ChannelPair, channel_pair
 from snap.modules.worker import PythonWorker, Runner
+from tests.host_rig import Kernel, manifest, package
 
 LIMIT = 10.0
 ECHO = Path(sys.modules[PyEcho.__module__].__file__ or "").parent
@@ -65,12 +62,29 @@ def until(ready: Callable[[], T]) -> T:
 # -- one conformance suite for engines of both languages ----------------------------------------------------
 
 
-def rust_echo(wait: int) -> Runner:
-    return _native.Worker("echo", "echo", wait=wait)
+def blank(schema: Schema | None = None, name: str = "test") -> _native.State:
+    """A state that nobody else has; the mapping outlives the descriptor."""
+    schema = schema or Schema()
+    fd = os.memfd_create("state", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, _native.State.MIN_BYTES + (1 << 20))
+        _native.State.format(fd, name, name, schema.version, schema.oldest, schema.specs())
+        return _native.State(fd)
+    finally:
+        os.close(fd)
+
+
+def rust_echo(wait: int, **more: Any) -> Runner:
+    return _native.Worker("echo", "echo", blank(), -1, 1, wait=wait, **more)
 
 
 def python_echo(wait: int) -> Runner:
-    return PythonWorker("echo", PyEcho(), wait=wait)
+    return PythonWorker("echo", PyEcho(), blank(), wait=wait)
+
+
+def dropped_by(runner: Runner) -> list[tuple[int, str]]:
+    """Channels that were dropped since the last look, with the reason."""
+    return [(number, data) for kind, number, data in runner.take_news() if kind == "fault"]
 
 
 @pytest.fixture(params=[rust_echo, python_echo], ids=["rust", "python"])
@@ -94,7 +108,7 @@ def clients(runner: Runner, count: int, **geometry: Any) -> Iterator[list[Channe
     with contextlib.ExitStack() as stack:
         pairs = [stack.enter_context(ChannelPair(id=number + 1, **geometry)) for number in range(count)]
         for pair in pairs:
-            runner.attach(pair.server.id, pair.server)
+            runner.attach(pair.server.id, pair.server, pair.server.id)
         yield pairs
 
 
@@ -140,9 +154,9 @@ def test_a_slow_client_with_large_messages_loses_nothing(make: Make) -> None:
 def test_a_client_whose_pool_cannot_hold_an_answer_is_dropped_and_others_served(make: Make) -> None:
     with started(make) as runner, clients(runner, 1, down_bytes=1 << 16) as (small,), channel_pair() as other:
         other.server.id = 99
-        runner.attach(99, other.server)
+        runner.attach(99, other.server, 99)
         small.client.send(bytes(500_000), timeout=LIMIT)
-        faults = until(runner.take_faults)
+        faults = until(lambda: dropped_by(runner))
         assert [channel for channel, _ in faults] == [small.server.id]
         other.client.send(b"served", timeout=LIMIT)
         assert other.client.recv(timeout=LIMIT) == b"served"
@@ -151,7 +165,7 @@ def test_a_client_whose_pool_cannot_hold_an_answer_is_dropped_and_others_served(
 def test_a_client_that_may_not_receive_is_dropped_when_it_is_answered(make: Make) -> None:
     with started(make) as runner, clients(runner, 1, rights=["send"]) as (pair,):
         pair.client.send(b"?", timeout=LIMIT)
-        assert [channel for channel, _ in until(runner.take_faults)] == [pair.server.id]
+        assert [channel for channel, _ in until(lambda: dropped_by(runner))] == [pair.server.id]
 
 
 def test_a_client_that_sends_without_the_right_is_dropped(make: Make) -> None:
@@ -160,7 +174,7 @@ def test_a_client_that_sends_without_the_right_is_dropped(make: Make) -> None:
         geometry = (ring, up, down, 256, 1 << 20, 1 << 20)
         forger = _native.Endpoint(_native.CLIENT, *geometry, (bells[0], bells[1]), 1, rights=3)
         forger.send(b"!", timeout=LIMIT)
-        assert [channel for channel, _ in until(runner.take_faults)] == [pair.server.id]
+        assert [channel for channel, _ in until(lambda: dropped_by(runner))] == [pair.server.id]
         forger.close()
 
 
@@ -168,7 +182,7 @@ def test_a_hostile_client_is_dropped_with_a_reason_and_others_served(make: Make)
     with started(make) as runner, clients(runner, 2) as (hostile, good):
         hostile.scribble(seed=4)
         assert select.select([runner], [], [], LIMIT)[0]
-        ((channel, reason),) = until(runner.take_faults)
+        ((channel, reason),) = until(lambda: dropped_by(runner))
         assert channel == hostile.server.id and reason
         good.client.send(b"served", timeout=LIMIT)
         assert good.client.recv(timeout=LIMIT) == b"served"
@@ -177,11 +191,11 @@ def test_a_hostile_client_is_dropped_with_a_reason_and_others_served(make: Make)
 def test_random_bytes_anywhere_in_a_channel_hurt_that_channel_alone(make: Make) -> None:
     with started(make) as runner, channel_pair() as good:
         good.server.id = 1000
-        runner.attach(1000, good.server)
+        runner.attach(1000, good.server, 1000)
         for seed in range(60):
             chance = random.Random(seed)
             with ChannelPair(id=seed + 1, slots=64, up_bytes=1 << 16, down_bytes=1 << 16) as hostile:
-                runner.attach(hostile.server.id, hostile.server)
+                runner.attach(hostile.server.id, hostile.server, hostile.server.id)
                 for _ in range(20):
                     with contextlib.suppress(ChannelError):
                         hostile.client.send_many(
@@ -195,7 +209,7 @@ def test_random_bytes_anywhere_in_a_channel_hurt_that_channel_alone(make: Make) 
                 assert good.client.recv(timeout=LIMIT) == b"%d" % seed, f"seed {seed}"
                 runner.detach(hostile.server.id)
         assert runner.alive
-        assert 1000 not in [channel for channel, _ in runner.take_faults()]
+        assert 1000 not in [channel for channel, _ in dropped_by(runner)]
 
 
 def test_a_revoked_channel_is_dropped_without_another_message(make: Make) -> None:
@@ -203,17 +217,19 @@ def test_a_revoked_channel_is_dropped_without_another_message(make: Make) -> Non
         pair.client.send(b"before", timeout=LIMIT)
         assert pair.client.recv(timeout=LIMIT) == b"before"
         pair.revoke()
-        assert [channel for channel, _ in until(runner.take_faults)] == [pair.server.id]
+        assert [channel for channel, _ in until(lambda: dropped_by(runner))] == [pair.server.id]
 
 
-def test_a_detached_channels_client_learns_it_and_others_are_served(make: Make) -> None:
+def test_a_detached_channel_is_served_no_more_and_its_end_is_for_the_kernel_to_tell(make: Make) -> None:
     with started(make) as runner, clients(runner, 2) as (leaving, staying):
         runner.detach(leaving.server.id)
         staying.client.send(b"1", timeout=LIMIT)
         assert staying.client.recv(timeout=LIMIT) == b"1"
-        with pytest.raises(PeerGoneError):
-            leaving.client.send(b"2", timeout=0)
-        assert runner.take_faults() == []
+        leaving.client.send(b"2", timeout=0)
+        staying.client.send(b"3", timeout=LIMIT)
+        assert staying.client.recv(timeout=LIMIT) == b"3"
+        assert leaving.client.try_recv() is None
+        assert dropped_by(runner) == []
 
 
 @pytest.mark.parametrize("language", ["rust", "python"])
@@ -222,9 +238,9 @@ def test_the_statistics_page_tells_the_work_and_the_heartbeat(language: str) -> 
     os.ftruncate(fd, _native.StatsPage.BYTES)
     page = _native.StatsPage(fd, True)
     worker: Runner = (
-        _native.Worker("echo", "echo", fd, 3)
+        _native.Worker("echo", "echo", blank(), -1, 1, fd, 3)
         if language == "rust"
-        else PythonWorker("echo", PyEcho(), _native.StatsPage(fd, True), 3)
+        else PythonWorker("echo", PyEcho(), blank(), -1, 1, _native.StatsPage(fd, True), 3)
     )
     try:
         with clients(worker, 1) as (pair,):
@@ -267,7 +283,7 @@ class Recorder(Engine):
 
 @contextlib.contextmanager
 def working(engine: Engine) -> Iterator[PythonWorker]:
-    worker = PythonWorker("test", engine)
+    worker = PythonWorker("test", engine, blank(engine.schema))
     try:
         yield worker
     finally:
@@ -277,7 +293,7 @@ def working(engine: Engine) -> Iterator[PythonWorker]:
 def test_an_engine_sees_who_attaches_and_who_leaves() -> None:
     engine = Recorder()
     with ChannelPair(badge="uid:7/pid:8", rights=["send"], service="s") as pair, working(engine) as worker:
-        worker.attach(1, pair.server)
+        worker.attach(1, pair.server, 1)
         until(lambda: len(engine.seen) == 1)
         worker.detach(1)
         until(lambda: len(engine.seen) == 2)
@@ -315,7 +331,7 @@ def test_an_error_of_a_channel_that_has_not_failed_is_the_engines_own() -> None:
             return 0
 
     with channel_pair() as pair, working(Confused()) as worker:
-        worker.attach(1, pair.server)
+        worker.attach(1, pair.server, 1)
         until(lambda: not worker.alive)
         assert "says who?" in worker.crash
 
@@ -369,86 +385,11 @@ def test_an_engine_is_polled_for_a_channel_of_which_it_is_the_client() -> None:
 # -- the host process ----------------------------------------------------------------------------------------
 
 
-class Kernel:
-    """The kernel's end of one module's link, played by the test."""
-
-    def __init__(self, *, extra_fd: int | None = None) -> None:
-        self.sock, theirs = seqpacket.pair()
-        self.sock.settimeout(LIMIT)
-        self._decoder: Decoder[Message] = Decoder(FromModule)
-        self._fds = [os.memfd_create(name, os.MFD_CLOEXEC) for name in ("gate", "stats")]
-        for fd, size in zip(self._fds, (_native.Gate.BYTES, _native.StatsPage.BYTES), strict=True):
-            os.ftruncate(fd, size)
-        inherited = [theirs.fileno()] + ([] if extra_fd is None else [extra_fd])
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "snap.modules.host"],
-                env={**os.environ, "SNAP_LINK_FD": str(theirs.fileno())},
-                pass_fds=inherited,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-
-    def tell(self, message: Message, fds: tuple[int, ...] = ()) -> None:
-        seqpacket.send(self.sock, encode(message), fds)
-
-    def configure(self, path: Path, manifest: dict[str, Any]) -> None:
-        name = manifest["module"]["name"]
-        self.tell(Configure(name=name, generation=1, manifest=manifest, path=str(path)), tuple(self._fds))
-
-    def hear(self, kind: type[T]) -> T:
-        data, fds = seqpacket.recv(self.sock)
-        assert not fds
-        assert data, f"the module's process ended: {self.process.communicate()[1]}"
-        message = self._decoder.decode(data)
-        assert isinstance(message, kind), message
-        return message
-
-    def serve(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.configure(path, manifest)
-        assert self.hear(Started).pid == self.process.pid
-        self.hear(Serving)
-
-    def attach(self, pair: ChannelPair, engine: str = "echo", **change: Any) -> None:
-        order: dict[str, Any] = {
-            "seq": 1, "channel": pair.server.id, "generation": 1, "service": "echo", "engine": engine, "badge": "b",
-            "rights": ["send", "recv"], "slots": 256, "up_bytes": 1 << 20, "down_bytes": 1 << 20, "gate_index": -1,
-        }  # fmt: skip
-        self.tell(Attach(**(order | change)), pair.descriptors)
-
-    def ended(self) -> tuple[int, str]:
-        said = self.process.communicate(timeout=LIMIT)[1]
-        return self.process.returncode, said
-
-    def close(self) -> None:
-        self.sock.close()
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.communicate()
-        for fd in self._fds:
-            os.close(fd)
-
-
 @pytest.fixture
 def kernel() -> Iterator[Kernel]:
     played = Kernel()
     yield played
     played.close()
-
-
-def manifest(name: str, target: str, **more: Any) -> dict[str, Any]:
-    return {
-        "module": {"name": name, "version": "1", **more},
-        "engines": {"echo": {"class": target}},
-        "provides": {"echo": {"engine": "echo"}},
-    }
-
-
-def package(folder: Path, name: str, code: str) -> Path:
-    path = folder / name
-    path.mkdir()
-    (path / "engine.py").write_text(textwrap.dedent(code))
-    return path
 
 
 @pytest.mark.parametrize("target", ["native:echo", "engine:PyEcho"])
@@ -546,7 +487,8 @@ def test_a_module_that_cannot_run_says_why_and_exits_1(
     kernel.configure(package(tmp_path, "bad", code), manifest("bad", "engine:E"))
     kernel.hear(Started)
     if stage == "run":
-        kernel.hear(Serving)
+        kernel.hear(Loaded)
+        kernel.prepared()
     broken = kernel.hear(Broken)
     assert said in broken.error and "Traceback" in broken.traceback
     status, stderr = kernel.ended()
@@ -583,7 +525,10 @@ def test_an_engine_stuck_in_its_poll_does_not_keep_the_process(kernel: Kernel, t
             def poll(self, budget):
                 time.sleep(1000)
         """
-    kernel.serve(package(tmp_path, "stuck", code), manifest("stuck", "engine:E"))
+    kernel.configure(package(tmp_path, "stuck", code), manifest("stuck", "engine:E"))
+    kernel.hear(Started)
+    kernel.hear(Loaded)
+    kernel.prepared()
     kernel.tell(Stop(grace=0.2))
     status, said = kernel.ended()
     assert status == 1 and "did not stop within 0.2 s" in said
@@ -696,6 +641,9 @@ def test_a_module_opens_a_channel_to_another_and_a_new_one_when_that_is_lost(
     kernel.hear(Started)
     with ChannelPair(id=11) as first, ChannelPair(id=12) as second:
         grant(kernel, first)
+        kernel.hear(Loaded)
+        kernel.prepared()
+        kernel.hear(Took)
         kernel.hear(Serving)
         assert first.server.recv(timeout=LIMIT) == b"used after 0 losses"
         first.leave()

@@ -119,8 +119,11 @@ def test_the_harness_names_an_engine_that_never_rests() -> None:
         def poll(self, budget: int) -> int:
             return 1
 
-    with pytest.raises(AssertionError, match="Restless still finds work after 10 turns"):
-        EngineHarness(Restless()).run(limit=10)
+    with (
+        pytest.raises(AssertionError, match="Restless still finds work after 10 turns"),
+        EngineHarness(Restless()) as harness,
+    ):
+        harness.run(limit=10)
 
 
 def test_the_harness_finds_a_payload_that_was_kept() -> None:
