@@ -3,7 +3,7 @@
 //!
 //! One of the few files with `unsafe`: nothing safe wraps `semtimedop(2)`.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
@@ -20,11 +20,15 @@ extern "C" {
 
 /// The longest single sleep: how soon `cancel` is seen.
 const SLICE: Duration = Duration::from_millis(20);
+/// Slices for which who released leaves the semaphore to others: a waiter may be between two of its own.
+const COURTESY: usize = 5;
 
 pub struct Ownership {
     semaphore: libc::c_int,
     held: AtomicBool,
     cancelled: AtomicBool,
+    /// Slices left in which others come first.
+    courtesy: AtomicUsize,
 }
 
 /// How a wait ended.
@@ -40,21 +44,42 @@ pub enum Waited {
 impl Ownership {
     /// `semaphore`: the id of a set of one, whose value is 1 while nobody owns the engine.
     pub fn new(semaphore: i32) -> Ownership {
-        Ownership { semaphore, held: AtomicBool::new(false), cancelled: AtomicBool::new(false) }
+        Ownership {
+            semaphore,
+            held: AtomicBool::new(false),
+            cancelled: AtomicBool::new(false),
+            courtesy: AtomicUsize::new(0),
+        }
     }
 
-    /// Wait for it, at most `timeout`. At once when it is held already. Raises `Os` when the semaphore is not there (any
-    /// more): whoever made it has no use for this engine.
+    /// Wait for it, at most `timeout`. At once when it is held already; after a `release`, others come first (unless the
+    /// timeout is zero). Raises `Os` when the semaphore is not there (any more): whoever made it has no use for this
+    /// engine.
     pub fn acquire(&self, timeout: Option<Duration>) -> Result<Waited> {
         if self.held() {
             return Ok(Waited::Owned);
         }
         let end = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let patient = timeout.is_none_or(|timeout| !timeout.is_zero());
         loop {
             if self.cancelled.swap(false, Ordering::AcqRel) {
                 return Ok(Waited::Cancelled);
             }
             let left = end.map_or(SLICE, |end| end.saturating_duration_since(Instant::now()).min(SLICE));
+            let courtesy = self.courtesy.load(Ordering::Acquire);
+            if courtesy > 0 && patient {
+                // Waits for zero: until somebody has it.
+                match self.operate(0, Some(left)) {
+                    Ok(()) => self.courtesy.store(0, Ordering::Release),
+                    Err(libc::EAGAIN) => self.courtesy.store(courtesy - 1, Ordering::Release),
+                    Err(libc::EINTR) => return Ok(Waited::Signal),
+                    Err(errno) => return Err(failed(errno)),
+                }
+                if end.is_some_and(|end| Instant::now() >= end) {
+                    return Ok(Waited::Timeout);
+                }
+                continue;
+            }
             match self.operate(-1, Some(left)) {
                 Ok(()) => {
                     self.held.store(true, Ordering::Release);
@@ -73,6 +98,7 @@ impl Ownership {
         if !self.held.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
+        self.courtesy.store(COURTESY, Ordering::Release);
         self.operate(1, None).map_err(failed)
     }
 
