@@ -19,7 +19,7 @@ from snap import ipc
 from snap.dataplane import _native
 from snap.ipc import Channel, SnapError, StateLostError
 from tests.torture import ops, versions
-from tests.torture.world import PATIENCE, World
+from tests.torture.world import HANGING, PATIENCE, World
 
 SEED = 11
 FAST = [version for version in versions.BAD if not (version.slow or version.loses_state)]
@@ -76,7 +76,9 @@ def upgrade(world: World, version: str) -> dict[str, Any]:
 
 
 def until_done(world: World, number: int) -> dict[str, Any]:
-    world.until("the upgrade to end", lambda: world.ask("upgrade.show", id=number)["phase"] == "done")
+    world.until(
+        "the upgrade to end", lambda: world.ask("upgrade.show", id=number)["phase"] == "done", HANGING
+    )
     view: dict[str, Any] = world.ask("upgrade.show", id=number)
     return view
 

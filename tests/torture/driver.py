@@ -17,7 +17,7 @@ from snap.ipc import BusyError, DeadlineError, NotFoundError, SnapError, Unreach
 
 from . import ops, versions
 from .events import BAKE, Event
-from .world import LOOK, PATIENCE, Violation, World
+from .world import HANGING, LOOK, PATIENCE, Violation, World
 
 _LONG: Final = 8.0
 """Seconds to find a victim that is about to appear."""
@@ -196,7 +196,7 @@ class Driver:
 
     def _finish(self, number: int, lost: bool = False) -> dict[str, Any]:
         """Wait for its end. `lost`: a kernel that died before it had noted the upgrade knows nothing of it."""
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + HANGING
         while True:
             try:
                 view: dict[str, Any] = self.world.ask("upgrade.show", id=number)

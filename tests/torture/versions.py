@@ -157,13 +157,13 @@ BAD: Final = (
     Version(
         "raises_in_first_poll",
         _one("def poll(self, budget):\n    super().poll(budget)\n    raise RuntimeError('not like this')"),
-        outcomes=("rolled_back",),
+        outcomes=("rolled_back", "aborted"),
         reason="not like this",
     ),
     Version(
         "dies_in_first_poll",
         _one("def poll(self, budget):\n    super().poll(budget)\n    os.kill(os.getpid(), 9)", before=_DIES),
-        outcomes=("rolled_back",),
+        outcomes=("rolled_back", "aborted"),
     ),
     Version(
         "dies_in_bake",
@@ -179,12 +179,12 @@ BAD: Final = (
             """,
             before=_DIES,
         ),
-        outcomes=("rolled_back",),
+        outcomes=("rolled_back", "aborted"),
     ),
     Version(
         "hangs_in_poll",
         _one("def poll(self, budget):\n    super().poll(budget)\n    time.sleep(3600)", before=_DIES),
-        outcomes=("rolled_back",),
+        outcomes=("rolled_back", "aborted"),
         slow=True,
     ),
     Version(

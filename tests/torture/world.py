@@ -27,11 +27,11 @@ ROOT: Final = Path(__file__).parent.parent.parent
 PATIENCE: Final = 45.0
 """Seconds within which anything must be well again: longer than every patience of the kernel's own."""
 
+HANGING: Final = 90.0
+"""Seconds within which an upgrade must end, though its new version hangs."""
+
 ASK: Final = 3.0
 LOOK: Final = 0.03
-CRASHES: Final = 1000
-"""So many deaths of a module are no crash loop here: they are the point."""
-
 POLICY: Final = """\
 version = 1
 [[allow]]
