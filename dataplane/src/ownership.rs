@@ -67,7 +67,7 @@ impl Ownership {
             }
             let left = end.map_or(SLICE, |end| end.saturating_duration_since(Instant::now()).min(SLICE));
             let courtesy = self.courtesy.load(Ordering::Acquire);
-            if courtesy > 0 && patient {
+            if courtesy > 0 && patient && self.was_last() {
                 // Waits for zero: until somebody has it.
                 match self.operate(0, Some(left)) {
                     Ok(()) => self.courtesy.store(0, Ordering::Release),
@@ -109,6 +109,13 @@ impl Ownership {
 
     pub fn held(&self) -> bool {
         self.held.load(Ordering::Acquire)
+    }
+
+    /// Whether nobody else has taken or released it since this process did.
+    fn was_last(&self) -> bool {
+        // SAFETY: asks for a number; there is no fourth argument to this command.
+        let last = unsafe { libc::semctl(self.semaphore, 0, libc::GETPID) };
+        u32::try_from(last).is_ok_and(|last| last == std::process::id())
     }
 
     fn operate(&self, change: i16, limit: Option<Duration>) -> std::result::Result<(), i32> {
