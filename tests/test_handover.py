@@ -46,7 +46,7 @@ from tests.host_rig import LIMIT, Ground, Kernel, manifest, package
 COUNTING = """
     from snap.modules import Array, Engine, Schema, Table
     class E(Engine):
-        schema = Schema(version=1, seen=Table(key="S16", row="u8", capacity=1 << 16), all=Array("u8", 1))
+        schema = Schema(version=1, seen=Table(key="S16", row="u8", capacity=1 << 19), all=Array("u8", 1))
         def poll(self, budget):
             done = 0
             for channel in self.channels:
@@ -80,7 +80,7 @@ COUNTING_2 = COUNTING_2.replace(
 
 @pytest.fixture
 def ground() -> Iterator[Ground]:
-    made = Ground(16 << 20)
+    made = Ground(128 << 20)
     yield made
     made.close()
 
@@ -170,7 +170,7 @@ def wait_for_more(client: Asking, more: int = 20) -> None:
 
 
 def total(ground: Ground, name: str = "state") -> int:
-    schema = Schema(version=1, seen=Table(key="S16", row="u8", capacity=1 << 16), all=Array("u8", 1))
+    schema = Schema(version=1, seen=Table(key="S16", row="u8", capacity=1 << 19), all=Array("u8", 1))
     state = _native.State(ground.fds[name], writable=False)
     assert state.verify() == []
     counted = int(EngineState(state, schema).all[0])
@@ -271,7 +271,7 @@ def test_a_schema_change_is_migrated_while_the_old_one_serves_and_back(
         with asking(pair) as client:
             wait_for_more(client, 200)
             attach(second, pair)
-            ready = second.prepared(ground.blank(16 << 20), ground.fds["state"])
+            ready = second.prepared(ground.blank(128 << 20), ground.fds["state"])
             assert ready.migrated >= 200
             wait_for_more(client)
             first.tell(Yield(engine="echo", retire=True))
@@ -280,7 +280,7 @@ def test_a_schema_change_is_migrated_while_the_old_one_serves_and_back(
             wait_for_more(client)
             third = kernels(old)
             attach(third, pair)
-            third.prepared(ground.blank(16 << 20), ground.fds["state 3"])
+            third.prepared(ground.blank(128 << 20), ground.fds["state 3"])
             second.tell(Yield(engine="echo", retire=True))
             second.hear(Yielded)
             took(third)
@@ -414,7 +414,7 @@ def test_an_author_whose_migration_raises_is_told_what(ground: Ground, kernels: 
         took(first)
         pair.client.send(b"x", timeout=LIMIT)
         pair.client.recv(timeout=LIMIT)
-        second.prepare(ground.blank(16 << 20), ground.fds["state"])
+        second.prepare(ground.blank(128 << 20), ground.fds["state"])
         refused = last(second, Refused)
         assert "no field of name m" in refused.message
         pair.client.send(b"x", timeout=LIMIT)
@@ -573,7 +573,7 @@ def test_a_prepared_generation_may_be_given_another_state(
         took(first)
         attach(second, pair)
         second.prepared()
-        second.prepared(ground.blank(16 << 20))
+        second.prepared(ground.blank(128 << 20))
         first.process.kill()
         took(second)
         pair.client.send(b"x", timeout=LIMIT)
