@@ -25,6 +25,7 @@ from snap.dataplane.errors import (
     ResourceError,
     RevokedError,
     SnapError,
+    StateLostError,
     UsageError,
 )
 from snap.ipc import protocol, seqpacket
@@ -33,8 +34,10 @@ from snap.ipc.segment import Segment
 
 from .capability import Capability, CapabilityTable
 from .events import Events
+from .incarnation import Incarnation
 from .principals import Principal
 from .runner import GatePage, Runner
+from .store import Store
 
 DEFAULT_SLOTS: Final = 1024
 DEFAULT_POOL: Final = 4 * 1024 * 1024
@@ -83,12 +86,27 @@ class Channel:
     def fds(self) -> list[int]:
         return [*(segment.fd for segment in self.segments), *self.bells]
 
-    def release_fds(self) -> None:
-        """Once both ends have them the kernel needs only its mapping of the header."""
+    def close_fds(self) -> None:
         for segment in self.segments:
             segment.close()
         seqpacket.close_all(self.bells)
         self.segments, self.bells = [], ()
+
+    def order(self) -> protocol.Attach:
+        """What a process of the provider is told, with `fds`."""
+        return protocol.Attach(
+            seq=self.id,
+            channel=self.id,
+            generation=self.generation,
+            service=self.service,
+            engine=self.engine,
+            badge=self.client.badge,
+            rights=self.rights,
+            slots=self.slots,
+            up_bytes=self.up_bytes,
+            down_bytes=self.down_bytes,
+            gate_index=self.line,
+        )
 
     def view(self) -> ChannelView:
         up, down = self.control.depth()
@@ -122,9 +140,15 @@ class Broker:
     """`provider(service)` gives the runner of the module that provides a service, or None."""
 
     def __init__(
-        self, table: CapabilityTable, events: Events, backend: str, provider: Callable[[str], Runner | None]
+        self,
+        table: CapabilityTable,
+        events: Events,
+        backend: str,
+        provider: Callable[[str], Runner | None],
+        store: Store,
     ) -> None:
         self.channels: dict[int, Channel] = {}
+        self._store = store
         self._table, self._events, self._backend, self._provider = table, events, backend, provider
         self._waiting: dict[str, list[_Waiting]] = {}
         self._last_id = 0
@@ -230,8 +254,6 @@ class Broker:
         bells: list[int] = []
         gate, line = runner.gate, -1
         try:
-            if gate is None:
-                raise _not_ready(service, runner)
             line = gate.take()
             for size in (_native.ring_bytes(slots), up, down):
                 segments.append(Segment.create(size, self._backend))
@@ -243,7 +265,7 @@ class Broker:
             control.init(self._last_id, generation)
         except (SnapError, OSError) as error:
             principal.bytes -= need
-            if gate is not None and line >= 0:
+            if line >= 0:
                 gate.give_back(line)
             for segment in segments:
                 segment.close()
@@ -285,23 +307,17 @@ class Broker:
             )
         channel.state, channel.seq = ATTACHING, request.seq
         channel.gate.open(channel.line, channel.generation)
-        order = protocol.Attach(
-            seq=channel.id,
-            channel=channel.id,
-            generation=channel.generation,
-            service=channel.service,
-            engine=channel.engine,
-            badge=principal.badge,
-            rights=channel.rights,
-            slots=channel.slots,
-            up_bytes=channel.up_bytes,
-            down_bytes=channel.down_bytes,
-            gate_index=channel.line,
-        )
         self._set_timer(channel, ATTACH_DEADLINE, "was not attached by its module")
-        channel.provider.send(order, channel.fds)
+        self._store.put(f"channel.{channel.id}", channel.fds)
+        channel.provider.send(channel.order(), channel.fds)
 
-    def news(self, runner: Runner, message: Any) -> None:
+    def attach(self, runner: Runner, incarnation: Incarnation) -> None:
+        """A process of the provider has loaded: it may come to serve every channel that there is."""
+        for channel in self.channels.values():
+            if channel.provider is runner and channel.state != OFFERED:
+                incarnation.send(channel.order(), channel.fds)
+
+    def news(self, runner: Runner, incarnation: Incarnation, message: Any) -> None:
         """What a module says of the channels that it serves; of others it has nothing to say."""
         number = message.seq if isinstance(message, protocol.Failure) else message.channel
         channel = self.channels.get(number)
@@ -309,21 +325,39 @@ class Broker:
             return
         if isinstance(message, protocol.Dropped):
             self._end(channel, "faulted", message.reason[:500])
-        elif channel.state == ATTACHING and isinstance(message, protocol.Attached):
-            self._attached(channel)
-        elif channel.state == ATTACHING:
+        elif isinstance(message, protocol.Attached):
+            if channel.state == ATTACHING:
+                self._attached(channel)
+        elif incarnation is not runner.current:
+            # It could not serve this client: it must not take over.
+            runner.misbehaved(incarnation, f"channel {number} cannot be attached: {message.message[:500]}")
+        else:
             self._fail(channel, message.code, message.message, message.hint)
             self._end(channel, "faulted", f"its module refused it: {message.message[:500]}")
 
     def _attached(self, channel: Channel) -> None:
         if channel.timer is not None:
             channel.timer.cancel()
+            channel.timer = None
         channel.state = OPEN
-        channel.release_fds()
         self._events.emit(
             "channel.open", f"channel:{channel.id}", service=channel.service, client=channel.client.id
         )
         channel.client.send(protocol.Ready(seq=channel.seq, channel=channel.id), ())
+
+    # -- how clients fare -------------------------------------------------------------------------------------
+
+    def longest_wait(self, runner: Runner) -> int:
+        """ns that a client of `runner` waited for a message at the longest, since `clear_waits`; 0: none did
+        for long."""
+        return max((channel.control.longest_wait() for channel in self._of(runner)), default=0)
+
+    def clear_waits(self, runner: Runner) -> None:
+        for channel in self._of(runner):
+            channel.control.clear_longest_wait()
+
+    def _of(self, runner: Runner) -> list[Channel]:
+        return [channel for channel in self.channels.values() if channel.provider is runner]
 
     # -- ending -----------------------------------------------------------------------------------------------
 
@@ -349,11 +383,19 @@ class Broker:
         for number in list(principal.channels):
             self._end(self.channels[number], "gone", reason)
 
-    def provider_gone(self, runner: Runner, reason: str) -> None:
-        for channel in [channel for channel in self.channels.values() if channel.provider is runner]:
-            message = f"module {runner.name!r} died: {reason}"
+    def provider_ended(self, runner: Runner, reason: str) -> None:
+        """Nobody will serve the channels of `runner` any more."""
+        for channel in self._of(runner):
+            message = f"module {runner.name!r} ended: {reason}"
             self._fail(channel, NotRunningError.code, message, "open the channel again")
             self._end(channel, "gone", f"module {runner.name!r}: {reason}")
+
+    def state_lost(self, runner: Runner, engine: str, reason: str) -> None:
+        """The engine goes on without its state: what was under way on its channels is lost."""
+        for channel in self._of(runner):
+            if channel.engine == engine:
+                self._fail(channel, StateLostError.code, reason, "open the channel again")
+                self._end(channel, "lost", f"engine {engine!r} lost its state: {reason}")
 
     def _end(self, channel: Channel, word: str, reason: str, quiet: bool = False) -> None:
         if self.channels.pop(channel.id, None) is None:
@@ -364,7 +406,8 @@ class Broker:
         channel.gate.give_back(channel.line)
         channel.control.set_state("gone" if word == "closed" else word, reason[:200])
         channel.control.close()
-        channel.release_fds()
+        channel.close_fds()
+        self._store.remove(f"channel.{channel.id}")
         channel.client.channels.discard(channel.id)
         channel.client.bytes -= channel.bytes
         if channel.state != OFFERED:

@@ -19,15 +19,19 @@ from snap.ipc.discovery import Found, Problem, discover
 from snap.ipc.protocol import KernelView, ModuleView
 from snap.ipc.segment import reclaim
 
-from . import bootstrap, graph, operations, supervision
+from . import bootstrap, graph, operations, packages, supervision
 from .audit import AuditLog, AuditRecord
 from .broker import Broker
 from .capability import CapabilityTable
 from .desk import Desk
 from .events import Events
+from .incarnation import Incarnation
 from .policy import Identity, Policy
+from .principals import Principal
 from .runner import Hooks, Runner
+from .store import NoStore, Store
 from .supervision import Limits, Supervision
+from .upgrades import Upgrades
 
 HOST: Final = (sys.executable, "-P", "-m", "snap.modules.host")
 HEARTBEAT_PERIOD: Final = 1.0
@@ -50,9 +54,11 @@ class Settings:
 class Kernel:
     """Make it inside a running event loop, holding the lock of its runtime directory; `close` it after `stop`."""
 
-    def __init__(self, settings: Settings, listener: socket.socket) -> None:
-        """`listener` is the bootstrap socket. Raises SnapError, OSError."""
+    def __init__(self, settings: Settings, listener: socket.socket, store: Store | None = None) -> None:
+        """`listener` is the bootstrap socket; `store` holds descriptors beyond this process. Raises SnapError,
+        OSError."""
         directory = settings.runtime_dir
+        self.store = store or NoStore()
         self.settings, self.policy, self.uid = settings, settings.policy, os.geteuid()
         self.started = time.time()
         self.runners: dict[str, Runner] = {}
@@ -62,13 +68,15 @@ class Kernel:
         self.events = Events(directory / paths.KERNEL_LOG, settings.foreground, settings.log_level)
         self.audit = AuditLog(directory / paths.AUDIT)
         self.table = CapabilityTable(self.audit.write)
-        self.broker = Broker(self.table, self.events, settings.policy.backend, self.provider)
+        self.broker = Broker(self.table, self.events, settings.policy.backend, self.provider, self.store)
         self.desk = Desk(
             self.table, settings.policy, self.uid, self.audit, self.events, self.broker, self.provider
         )
         for name in reclaim():
             self.events.emit("segment.reclaimed", f"segment:{name}")
+        self._principals: dict[Incarnation, Principal] = {}
         self.plan = self._load_modules()
+        self.upgrades = Upgrades(self)
         self._bootstrap = bootstrap.Bootstrap(listener, self.desk, self.audit, self.events)
         self._heartbeats = asyncio.get_running_loop().create_task(self._watch_heartbeats())
         self.events.emit("kernel.started", "kernel", pid=os.getpid(), version=VERSION)
@@ -104,6 +112,7 @@ class Kernel:
     async def stop(self) -> None:
         """Applications first, then modules in reverse order of what they require; nobody gets for ever."""
         self.events.emit("kernel.stopping", "kernel")
+        self.upgrades.close()
         self._bootstrap.close()
         requires = {
             name: set(self.plan.requirements(runner.found.manifest)) for name, runner in self.runners.items()
@@ -132,15 +141,18 @@ class Kernel:
     # -- views ------------------------------------------------------------------------------------------------
 
     def module_views(self, log_lines: int = 3) -> list[ModuleView]:
-        views = [runner.view(log_lines) for runner in self.runners.values()]
+        views = [self.runner_view(runner, log_lines) for runner in self.runners.values()]
         views += [_refused_view(found, why) for found, why in self.refused.values()]
         return sorted(views, key=lambda view: view.name)
+
+    def runner_view(self, runner: Runner, log_lines: int = 10) -> ModuleView:
+        return runner.view(log_lines, self.upgrades.running_of(runner))
 
     def module_view(self, name: str) -> ModuleView:
         """Raises NotFoundError."""
         if name in self.refused:
             return _refused_view(*self.refused[name])
-        return self.runner(name).view(log_lines=20)
+        return self.runner_view(self.runner(name), log_lines=20)
 
     def view(self) -> KernelView:
         return KernelView(
@@ -170,9 +182,12 @@ class Kernel:
             self.events.emit("module.refused", f"module:{name}", reason=self.refused[name][1])
         hooks = Hooks(
             spawned=self._on_spawned,
+            died=self._on_died,
+            attach=self.broker.attach,
             request=self._on_request,
             news=self.broker.news,
-            died=self._on_died,
+            lost=self.broker.state_lost,
+            ended=self.broker.provider_ended,
             changed=self._on_changed,
             bad=self._on_bad,
         )
@@ -189,8 +204,12 @@ class Kernel:
         name, manifest = found.manifest.name, found.manifest
         machine = Supervision(name, manifest.restart.policy, self.settings.limits)
         machine.missing = frozenset(manifest.requires.services)
-        log = self.settings.runtime_dir / paths.LOGS / f"{name}.log"
-        return Runner(found, self.settings.host, machine, self.events, log, hooks)
+        kept = packages.keep(found, self.settings.runtime_dir / packages.DIRECTORY)
+        runner = Runner(
+            kept, self.settings.host, machine, self.events, self.settings.runtime_dir, hooks, self.store
+        )
+        runner.origin = found
+        return runner
 
     def _report(self, problem: Problem) -> None:
         self.events.emit("manifest.refused", str(problem.path), source=problem.source, error=problem.message)
@@ -199,28 +218,39 @@ class Kernel:
         decision = self.policy.decide(self._identity(module, 0), service, self.uid)
         return None if decision.allowed and "connect" in decision.rights else decision.reason
 
+    def denial(self, module: str, service: str) -> str | None:
+        """Why `module` may not connect to `service`; None: it may."""
+        return self._denial(module, service)
+
     def _identity(self, module: str, pid: int) -> Identity:
         return Identity(self.uid, os.getegid(), pid, module)
 
-    def _on_spawned(self, runner: Runner, pid: int) -> None:
-        """A module is a principal as long as its process lives, and starts with what it requires."""
-        name = f"module:{runner.name}"
-        principal = self.desk.admit(
-            name, name, self._identity(runner.name, pid), runner.send, runner.misbehaved
+    def _on_spawned(self, runner: Runner, incarnation: Incarnation) -> None:
+        """A process of a module is a principal as long as it lives, and starts with what it requires. While there are
+        two of them, the later one is known by its generation too; the badge that services see is the module's."""
+        badge = name = f"module:{runner.name}"
+        if name in self.desk.principals:
+            name = f"{name}#{incarnation.generation}"
+        assert incarnation.pid is not None
+        principal = self._principals[incarnation] = self.desk.admit(
+            name,
+            badge,
+            self._identity(runner.name, incarnation.pid),
+            incarnation.send,
+            lambda reason: runner.misbehaved(incarnation, reason),
         )
-        for service in runner.found.manifest.requires.services:
+        for service in incarnation.found.manifest.requires.services:
             with suppress(SnapError):  # refused and audited already
                 self.desk.find(principal, service)
         self.desk.schedule_expiry()
 
-    def _on_request(self, runner: Runner, message: Any) -> None:
-        principal = self.desk.principals.get(f"module:{runner.name}")
+    def _on_request(self, runner: Runner, incarnation: Incarnation, message: Any) -> None:
+        principal = self._principals.get(incarnation)
         if principal is not None:
             self.desk.request(principal, message)
 
-    def _on_died(self, runner: Runner, reason: str) -> None:
-        self.broker.provider_gone(runner, reason)
-        principal = self.desk.principals.get(f"module:{runner.name}")
+    def _on_died(self, runner: Runner, incarnation: Incarnation, reason: str) -> None:
+        principal = self._principals.pop(incarnation, None)
         if principal is not None:
             self.desk.dismiss(principal, reason)
 
@@ -237,11 +267,11 @@ class Kernel:
         runner = self.provider(service)
         return runner is not None and runner.ready
 
-    def _on_bad(self, runner: Runner, reason: str) -> None:
+    def _on_bad(self, runner: Runner, incarnation: Incarnation, reason: str) -> None:
         name = f"module:{runner.name}"
         self.audit.write(
             AuditRecord(
-                action="link", outcome="denied", owner=name, badge=name, pid=runner.machine.pid, reason=reason
+                action="link", outcome="denied", owner=name, badge=name, pid=incarnation.pid, reason=reason
             )
         )
 

@@ -35,11 +35,13 @@ class Connection:
         on_message: Callable[[bytes, list[int]], None],
         on_bad: Callable[[ProtocolError], None],
         on_closed: Callable[[str], None],
+        backlog: int = BACKLOG,
     ) -> None:
         self._sock = sock
         self._on_message, self._on_bad, self._on_closed = on_message, on_bad, on_closed
         self._unsent: deque[tuple[bytes, list[int]]] = deque()
         self._loop = asyncio.get_running_loop()
+        self._backlog = backlog
         self.closed = False
         sock.setblocking(False)
         self._loop.add_reader(sock, self._readable)
@@ -53,8 +55,8 @@ class Connection:
             return
         if self.closed:
             return
-        if len(self._unsent) >= BACKLOG:
-            self.close(f"it left {BACKLOG} answers unread")
+        if len(self._unsent) >= self._backlog:
+            self.close(f"it left {self._backlog} answers unread")
             return
         try:
             kept = _duplicates(fds)
@@ -74,6 +76,13 @@ class Connection:
         while self._unsent:
             seqpacket.close_all(self._unsent.popleft()[1])
         self._on_closed(reason)
+
+    def drain(self) -> None:
+        """The peer has ended: hear what it said before, up to its end."""
+        for _ in range(BACKLOG):
+            if self.closed:
+                return
+            self._readable()
 
     def _try_send(self, data: bytes, fds: Sequence[int]) -> bool:
         try:

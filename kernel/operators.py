@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
 from snap.dataplane.errors import DeniedError, NotFoundError, UsageError
-from snap.ipc.protocol import CapView, ChannelView, EventView, KernelView, ModuleView
+from snap.ipc.protocol import CapView, ChannelView, EventView, KernelView, ModuleView, UpgradeView
 
 from . import operations, policy
 from .audit import AuditRecord
@@ -67,6 +67,20 @@ class Lines(Args, frozen=True):
     lines: int = 50
 
 
+class Upgrade(Args, frozen=True):
+    """`source`: a directory, a version, or None for the module's own directory as it is now; `bake` in seconds."""
+
+    name: str
+    source: str | None = None
+    bake: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 30.0
+    rollback: bool = True
+    wait: bool = True
+
+
+class History(Args, frozen=True):
+    name: str | None = None
+
+
 @dataclass(frozen=True)
 class _Operation:
     right: str
@@ -88,6 +102,10 @@ class Operators:
             "module.start": _Operation(act, Change, self._start_module),
             "module.stop": _Operation(act, Change, self._stop_module),
             "module.restart": _Operation(act, Change, self._restart_module),
+            "module.upgrade": _Operation(act, Upgrade, self._upgrade),
+            "module.rollback": _Operation(act, Change, self._rollback),
+            "upgrade.show": _Operation(look, Cap, self._upgrade_show),
+            "upgrade.history": _Operation(look, History, self._upgrade_history),
             "module.logs": _Operation(look, Logs, self._logs),
             "cap.list": _Operation(look, Owner, self._caps),
             "cap.inspect": _Operation(look, Cap, self._cap),
@@ -171,8 +189,25 @@ class Operators:
 
     async def _change(self, kind: str, args: Change, within: float, begin: Callable[[], None]) -> ModuleView:
         runner = self._kernel.runner(args.name)
+        self._kernel.upgrades.interrupt(runner, kind)
         await runner.operations.run(kind, begin, within, args.wait)
-        return runner.view()
+        return self._kernel.runner_view(runner)
+
+    async def _upgrade(self, who: Identity, args: Upgrade, within: float) -> UpgradeView:
+        upgrades = self._kernel.upgrades
+        number = upgrades.begin(args.name, args.source, args.bake, args.rollback)
+        return await upgrades.result(number, within) if args.wait else upgrades.view(number)
+
+    async def _rollback(self, who: Identity, args: Change, within: float) -> UpgradeView:
+        upgrades = self._kernel.upgrades
+        number = upgrades.roll_back(args.name)
+        return await upgrades.result(number, within) if args.wait else upgrades.view(number)
+
+    async def _upgrade_show(self, who: Identity, args: Cap, within: float) -> UpgradeView:
+        return self._kernel.upgrades.view(args.id)
+
+    async def _upgrade_history(self, who: Identity, args: History, within: float) -> list[UpgradeView]:
+        return self._kernel.upgrades.views(args.name)
 
     async def _logs(self, who: Identity, args: Logs, within: float) -> dict[str, list[str]]:
         tail = list(self._kernel.runner(args.name).log.tail)

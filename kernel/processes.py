@@ -30,50 +30,67 @@ _PASSED_ON: Final = (
     "PYTHONPATH",
     "PYTHONDONTWRITEBYTECODE",
     "LD_LIBRARY_PATH",
+    "SNAP_FAULT_DIR",
 )
 
 
-class LogPipe:
-    """Collects what processes print: whole lines to a bounded file, the last ones in memory."""
+class Log:
+    """What a module's processes print: whole lines to a bounded file, the last ones in memory."""
 
     def __init__(self, path: Path) -> None:
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._file = BoundedFile(path)
+
+    def take(self, lines: list[bytes]) -> None:
+        for line in lines:
+            text = line[:_LINE].decode("utf-8", "replace")
+            self.tail.append(text)
+            self._file.write(text + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class LogPipe:
+    """The pipe from one process into a `Log`."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
         self._rest = b""
-        self._read = -1
+        self.fd = -1
 
     def open(self) -> int:
-        """The write end for a new process, which the caller closes. Raises OSError."""
-        self.drain()
-        self._read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        """The write end for the process, which the caller closes. Raises OSError."""
+        read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         # Only our end may be non-blocking: a module's print must not fail because the kernel is busy.
         os.set_blocking(write, True)
-        asyncio.get_running_loop().add_reader(self._read, self._readable)
+        self.adopt(read)
         return write
 
+    def adopt(self, fd: int) -> None:
+        """Go on reading a pipe that an earlier kernel made."""
+        self.fd = fd
+        asyncio.get_running_loop().add_reader(fd, self._readable)
+
     def drain(self) -> None:
-        """Take what is left of the last process, and forget its pipe."""
-        if self._read < 0:
+        """Take what is left, and close the pipe. Idempotent."""
+        if self.fd < 0:
             return
         while self._take():
             pass
-        asyncio.get_running_loop().remove_reader(self._read)
-        os.close(self._read)
-        self._read = -1
+        asyncio.get_running_loop().remove_reader(self.fd)
+        os.close(self.fd)
+        self.fd = -1
         if self._rest:
             self._lines(b"\n")
 
-    def close(self) -> None:
-        self.drain()
-        self._file.close()
-
     def _readable(self) -> None:
         if not self._take():
-            asyncio.get_running_loop().remove_reader(self._read)
+            asyncio.get_running_loop().remove_reader(self.fd)
 
     def _take(self) -> bool:
         try:
-            data = os.read(self._read, _READ)
+            data = os.read(self.fd, _READ)
         except BlockingIOError:
             return False
         self._lines(data)
@@ -84,10 +101,7 @@ class LogPipe:
         if len(self._rest) > _LINE:
             lines.append(self._rest)
             self._rest = b""
-        for line in lines:
-            text = line[:_LINE].decode("utf-8", "replace")
-            self.tail.append(text)
-            self._file.write(text + "\n")
+        self._log.take(lines)
 
 
 class Process:

@@ -1,50 +1,58 @@
-"""One module as the kernel runs it: carries out what its `Supervision` decides, and tells it what happened."""
+"""One module as the kernel runs it: carries out what its `Supervision` decides, and tells it what happened.
+
+A module has one current process, and now and then another: a successor or predecessor (see `upgrading`), or a
+hot standby. Each gets ready in the same way and then waits for the ownership of each engine; who has it serves.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from snap.dataplane import _native
-from snap.dataplane.errors import ProtocolError, ResourceError, SnapError
-from snap.ipc import protocol, seqpacket
+from snap.dataplane.errors import ProtocolError, ResourceError, SnapError, StateDamagedError
+from snap.ipc import faults, paths, protocol, seqpacket
 from snap.ipc.discovery import Found
 from snap.ipc.protocol import EngineView, ModuleView
 from snap.ipc.segment import Segment
 
 from . import supervision
 from .events import Events
-from .link import Connection
+from .incarnation import DESCRIPTORS, Incarnation
 from .operations import Operations
-from .processes import LogPipe, Process
+from .processes import Log
+from .states import States
+from .store import Store
 from .supervision import Action, Supervision
 
-DESCRIPTORS: Final = 1024
-_DECODER: Final[protocol.Decoder[Any]] = protocol.Decoder(protocol.FromModule)
+STANDBY_PAUSE: Final = 1.0
+"""Seconds before a standby that ended is replaced."""
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a runner tells the kernel. `spawned` and `died` frame the life of a process; `request` gets what a module
-    asks as a principal, `news` what it reports of its channels; `changed` every change of state; `bad` what could
-    not be decoded."""
+    """What a runner tells the kernel. `spawned` and `died` frame the life of a process; `attach` asks for the
+    module's channels for a process that has loaded; `request` gets what a module asks as a principal, `news`
+    what it reports of its channels; `lost` engines that go on without their state; `ended` when nobody will
+    serve the channels any more; `changed` every change of state; `bad` what could not be decoded."""
 
-    spawned: Callable[[Runner, int], None]
-    request: Callable[[Runner, Any], None]
-    news: Callable[[Runner, Any], None]
-    died: Callable[[Runner, str], None]
+    spawned: Callable[[Runner, Incarnation], None]
+    died: Callable[[Runner, Incarnation, str], None]
+    attach: Callable[[Runner, Incarnation], None]
+    request: Callable[[Runner, Incarnation, Any], None]
+    news: Callable[[Runner, Incarnation, Any], None]
+    lost: Callable[[Runner, str, str], None]
+    ended: Callable[[Runner, str], None]
     changed: Callable[[Runner], None]
-    bad: Callable[[Runner, str], None]
+    bad: Callable[[Runner, Incarnation, str], None]
 
 
 class GatePage:
-    """The gate page of one generation: lines are handed out and taken back; the module cannot write it."""
+    """The gate page of one module: lines are handed out and taken back; the module cannot write it."""
 
     def __init__(self) -> None:
         self.segment = Segment.create(_native.Gate.BYTES)
@@ -67,15 +75,29 @@ class GatePage:
 
     def give_back(self, line: int) -> None:
         self._gate.shut(line)
-        self._free.append(line)
+        # At the far end: the longer a line rests, the surer that nobody still has its last channel in mind.
+        self._free.insert(0, line)
 
     def close(self) -> None:
         self._gate.close()
         self.segment.close()
 
 
+class Follower(Protocol):
+    """The upgrade that runs: told about all processes, its own ones included."""
+
+    @property
+    def incarnations(self) -> list[Incarnation]:
+        """Processes besides the current one."""
+
+    def on_message(self, incarnation: Incarnation, message: Any) -> None: ...
+
+    def on_exit(self, incarnation: Incarnation, reason: str) -> bool:
+        """True: it sees to everything, were it the current one."""
+
+
 class Runner:
-    """All that belongs to one module: machine, operations, process, link, gate, statistics, log."""
+    """All that belongs to one module: machine, operations, processes, gate, states, log."""
 
     def __init__(
         self,
@@ -83,25 +105,29 @@ class Runner:
         host: Sequence[str],
         machine: Supervision,
         events: Events,
-        log: Path,
+        directory: Path,
         hooks: Hooks,
+        store: Store,
     ) -> None:
-        """Raises ResourceError."""
-        self.found = found
+        """`directory` is the kernel's runtime directory. Raises ResourceError."""
+        self.found: Found = found
+        self.origin: Found = found
         self.name = found.manifest.name
         self.machine = machine
         self.operations = Operations(self.name, lambda: (machine.state, machine.cause))
-        self.gate: GatePage | None = None
-        self.log = LogPipe(log)
-        self._host, self._events, self._hooks = host, events, hooks
-        self._process: Process | None = None
-        self._link: Connection | None = None
+        self.log = Log(directory / paths.LOGS / f"{self.name}.log")
+        self.current: Incarnation | None = None
+        self.standby: Incarnation | None = None
+        self.follower: Follower | None = None
+        self.kept: dict[str, int] = {}
+        self.gate = GatePage()
+        self.states = States(self.name, store, directory / "poisoned", self.emit)
+        self._host, self._events, self._hooks, self._store = host, events, hooks, store
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._seen = (machine.state, machine.since)
         self._since = time.time()
         self._stale = 0
-        self._page = Segment.create(_native.StatsPage.BYTES)
-        self._stats = _native.StatsPage(self._page.fd, False)
+        store.put(f"gate.{self.name}", [self.gate.segment.fd])
 
     # -- facts and requests -----------------------------------------------------------------------------------
 
@@ -109,70 +135,128 @@ class Runner:
     def ready(self) -> bool:
         return self.machine.state == supervision.READY
 
+    @property
+    def incarnations(self) -> list[Incarnation]:
+        """All processes that are to know the module's channels."""
+        others = [] if self.follower is None else self.follower.incarnations
+        found = [each for each in (self.current, self.standby, *others) if each is not None]
+        return list(dict.fromkeys(found))
+
     def start(self) -> None:
-        self._perform(self.machine.handle_start(self._now()))
+        self.perform(self.machine.handle_start(self._now()))
 
     def stop(self, cause: str = "stopped by an operator") -> None:
-        self._perform(self.machine.handle_stop(self._now(), cause))
+        self.dismiss_standby()
+        self.perform(self.machine.handle_stop(self._now(), cause))
 
     def restart(self) -> None:
-        self._perform(self.machine.handle_restart(self._now()))
+        self.dismiss_standby()
+        self.perform(self.machine.handle_restart(self._now()))
 
     def require(self, missing: frozenset[str]) -> None:
-        self._perform(self.machine.handle_requirements(self._now(), missing))
+        self.perform(self.machine.handle_requirements(self._now(), missing))
 
-    def misbehaved(self, reason: str) -> None:
+    def misbehaved(self, incarnation: Incarnation, reason: str) -> None:
         """Kill it; what it still has to say is not heard."""
-        self._perform(self.machine.handle_misbehaved(self._now(), reason))
-        if self._link is not None:
-            self._link.close(reason)
+        incarnation.error = incarnation.error or reason
+        if incarnation is self.current:
+            self.perform(self.machine.handle_misbehaved(self._now(), reason))
+        incarnation.kill()
+        if incarnation.link is not None:
+            incarnation.link.close(reason)
 
     def send(self, message: Any, fds: Sequence[int] = ()) -> None:
-        """To the module, if it has a link now."""
-        if self._link is not None:
-            self._link.send(message, fds)
+        """To every process of the module that may serve."""
+        for incarnation in self.incarnations:
+            if incarnation.schemas is not None:
+                incarnation.send(message, fds)
 
     def watch_heartbeats(self) -> None:
         """Called periodically. Two stale looks in a row are a hang: one could be our own pause."""
-        limit = self.machine.limits.heartbeat
-        waited = self._now() - self.machine.since
-        ages = {view.name: view.heartbeat_age_ns for view in self.engine_views()}
-        stale = [name for name, age in ages.items() if (waited if age < 0 else age / 1e9) > limit]
-        self._stale = self._stale + 1 if stale and self.ready else 0
-        if self._stale >= 2:
+        current, limit = self.current, self.machine.limits.heartbeat
+        stale = None
+        if current is not None and self.ready:
+            stale = current.stale(limit, self._now() - self.machine.since)
+        self._stale = self._stale + 1 if stale else 0
+        if current is not None and self._stale >= 2:
             self._stale = 0
-            self.misbehaved(f"engine {stale[0]} hung: no heartbeat for {limit:g} s")
+            self.misbehaved(current, f"engine {stale} hung: no heartbeat for {limit:g} s")
 
     def close(self) -> None:
-        """Give back what outlives the process, which must have ended."""
+        """Give back what outlives the processes, which must have ended."""
         for timer in self._timers.values():
             timer.cancel()
         self.log.close()
-        self._stats.close()
-        self._page.close()
+        self.states.close()
+        self._forget_kept()
+        self._store.remove(f"gate.{self.name}")
+        self.gate.close()
+
+    # -- processes --------------------------------------------------------------------------------------------
+
+    def spawn(self, found: Found, generation: int | None = None) -> Incarnation:
+        """A new process, which gets ready and waits. Raises SnapError, OSError, with nothing left behind."""
+        self.states.open(found.manifest)
+        number = self.machine.next_generation() if generation is None else generation
+        incarnation = Incarnation(number, found, self.log)
+        incarnation.start(self._host, self._on_message, self._on_bad, self._on_link_closed, self._on_exit)
+        kept = list(self.kept)
+        order = protocol.Configure(
+            name=self.name,
+            generation=number,
+            manifest=found.manifest.to_builtins(),
+            path=str(found.path),
+            kept=kept,
+        )
+        fds = [self.gate.segment.fd, incarnation.page.fd, *(self.kept[name] for name in kept)]
+        incarnation.send(order, fds)
+        self._hooks.spawned(self, incarnation)
+        faults.reach("kernel.spawned")
+        return incarnation
+
+    def adopt(self, incarnation: Incarnation, found: Found) -> None:
+        """`incarnation` is the module's process from now on."""
+        self.current, self.found = incarnation, found
+        self.perform(
+            self.machine.handle_replaced(
+                self._now(), incarnation.generation, incarnation.pid, incarnation.serves
+            )
+        )
+
+    def fall(self, reason: str) -> None:
+        """All other processes are being ended; start again from the state that is there."""
+        self.perform(self.machine.handle_exited(self._now(), reason, clean=False))
+
+    def dismiss_standby(self) -> None:
+        self._cancel_timer("standby")
+        standby, self.standby = self.standby, None
+        if standby is not None:
+            standby.kill()
+
+    def want_standby(self) -> None:
+        """Have one, where the manifest asks for it and nothing else is under way."""
+        wanted = self.found.manifest.module.standby
+        if not wanted or self.standby is not None or self.follower is not None or not self.ready:
+            return
+        try:
+            self.standby = self.spawn(self.found)
+        except (SnapError, OSError) as error:
+            self.emit("standby.failed", {"error": str(error)})
+            self._set_timer("standby", STANDBY_PAUSE)
+
+    def emit(self, kind: str, data: dict[str, Any]) -> None:
+        self._events.emit(kind, f"module:{self.name}", **data)
 
     # -- views ------------------------------------------------------------------------------------------------
 
     def engine_views(self) -> list[EngineView]:
-        now = time.monotonic_ns()
-        views = []
-        for index, name in enumerate(list(self.found.manifest.engines)[: _native.StatsPage.LINES]):
-            record = self._stats.read(index)
-            beat = record["heartbeat_ns"]
-            views.append(
-                EngineView(
-                    name=name,
-                    polls=record["polls"],
-                    work=record["work"],
-                    busy_ns=record["busy_ns"],
-                    channels=record["channels"],
-                    heartbeat_age_ns=max(0, now - beat) if beat and self.machine.live else -1,
-                )
-            )
-        return views
+        if self.current is None:
+            return [EngineView(name=name) for name in self.found.manifest.engines]
+        return self.current.engine_views()
 
-    def view(self, log_lines: int = 10) -> ModuleView:
+    def view(self, log_lines: int = 10, upgrade: int | None = None) -> ModuleView:
         machine, manifest = self.machine, self.found.manifest
+        standby = "" if self.standby is None else "ready" if self.standby.ready else "starting"
         return ModuleView(
             name=self.name,
             version=manifest.module.version,
@@ -189,7 +273,10 @@ class Runner:
             engines=self.engine_views(),
             log_tail=list(self.log.tail)[-log_lines:] if log_lines else [],
             sandbox=self._sandbox(),
-            memory_bytes=_resident(machine.pid),
+            memory_bytes=None if self.current is None else self.current.resident(),
+            standby=standby,
+            upgrade=upgrade,
+            state_bytes=self.states.bytes,
         )
 
     def _sandbox(self) -> list[dict[str, str]]:
@@ -208,29 +295,34 @@ class Runner:
 
     # -- what the machine decided -----------------------------------------------------------------------------
 
-    def _perform(self, actions: list[Action]) -> None:
+    def perform(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case supervision.Spawn():
-                    self._spawn()
+                case supervision.Spawn(generation):
+                    self._spawn(generation)
                 case supervision.Terminate(grace):
-                    self.send(protocol.Stop(grace=grace))
+                    if self.current is not None:
+                        self.current.send(protocol.Stop(grace=grace))
                 case supervision.Kill():
-                    if self._process is not None:
-                        self._process.kill()
+                    if self.current is not None:
+                        self.current.kill()
                 case supervision.SetTimer(name, delay):
                     self._set_timer(name, delay)
                 case supervision.CancelTimer(name):
                     self._cancel_timer(name)
+                case supervision.Release():
+                    self.current = None
+                    self._discard_poison()
                 case supervision.FailChannels(reason):
-                    self._release(reason)
+                    self._end(reason)
                 case supervision.Emit(kind, data):
-                    self._events.emit(kind, f"module:{self.name}", **data)
+                    self.emit(kind, data)
         now_in = (self.machine.state, self.machine.since)
         if now_in != self._seen:
             self._seen, self._since = now_in, time.time()
             self._hooks.changed(self)
             self.operations.settle()
+            self.want_standby()
 
     def _set_timer(self, name: str, delay: float) -> None:
         self._cancel_timer(name)
@@ -244,111 +336,182 @@ class Runner:
 
     def _timer_fired(self, name: str) -> None:
         self._timers.pop(name, None)
-        self._perform(self.machine.handle_timer(self._now(), name))
-
-    def _spawn(self) -> None:
-        try:
-            pid = self._new_process()
-        except (SnapError, OSError) as error:
-            self._perform(self.machine.handle_spawn_failed(self._now(), str(error)))
+        if name == "standby":
+            self.want_standby()
         else:
-            self._perform(self.machine.handle_spawned(self._now(), pid))
+            self.perform(self.machine.handle_timer(self._now(), name))
 
-    def _new_process(self) -> int:
-        """Raises SnapError and OSError, with nothing left behind."""
-        # A new generation must not be judged by the heartbeats of the last one.
-        os.pwrite(self._page.fd, bytes(_native.StatsPage.BYTES), 0)
-        self.gate = GatePage()
-        ours, theirs = seqpacket.pair()
+    def _spawn(self, generation: int) -> None:
         try:
-            write = self.log.open()
-            try:
-                limit = self.found.manifest.resources.descriptors or DESCRIPTORS
-                exited = partial(self._exited, self.machine.generation)
-                self._process = Process(self._host, theirs.fileno(), write, limit, exited)
-            finally:
-                theirs.close()
-                seqpacket.close_all([write])
-            link = self._link = Connection(ours, self._on_message, self._on_bad, self._on_link_closed)
-        except BaseException:
-            ours.close()
-            theirs.close()
-            self._release_gate()
-            if self._process is not None:
-                self._process.kill()
-                self._process = None
-            raise
-        order = protocol.Configure(
-            name=self.name,
-            generation=self.machine.generation,
-            manifest=self.found.manifest.to_builtins(),
-            path=str(self.found.path),
-        )
-        link.send(order, [self.gate.segment.fd, self._page.fd])
-        self._hooks.spawned(self, self._process.pid)
-        return self._process.pid
+            self.current = self.spawn(self.found, generation)
+        except (SnapError, OSError) as error:
+            self.perform(self.machine.handle_spawn_failed(self._now(), str(error)))
+        else:
+            assert self.current.pid is not None
+            self.perform(self.machine.handle_spawned(self._now(), self.current.pid))
 
-    def _release(self, reason: str) -> None:
-        link, self._link = self._link, None
-        if link is not None:
-            link.close("its process ended")
-        self._process = None
-        self.log.drain()
-        self._hooks.died(self, reason)
-        self._release_gate()
+    def _end(self, reason: str) -> None:
+        """Nobody will serve the channels: end them, and drop the state."""
+        self.dismiss_standby()
+        self._hooks.ended(self, reason)
+        self.states.close()
+        self._forget_kept()
 
-    def _release_gate(self) -> None:
-        if self.gate is not None:
-            self.gate.close()
-            self.gate = None
+    def _discard_poison(self) -> None:
+        for engine in self.states.poisoned():
+            self._replace_state(engine, "it killed everybody who adopted it lately")
 
-    def _exited(self, generation: int, how: str, clean: bool) -> None:
-        if generation != self.machine.generation:
-            return  # one whose start failed half-way
-        self._perform(self.machine.handle_exited(self._now(), how, clean))
-
-    # -- what the module says ---------------------------------------------------------------------------------
-
-    def _on_message(self, data: bytes, fds: list[int]) -> None:
-        seqpacket.close_all(fds)  # nothing that a module says comes with descriptors
+    def _replace_state(self, engine: str, reason: str) -> None:
         try:
-            message = _DECODER.decode(data)
-        except ProtocolError as error:
-            self._on_bad(error)
+            self.states.replace(engine, reason)
+        except SnapError as error:
+            self.emit("state.stuck", {"engine": engine, "error": str(error)})
             return
+        self._hooks.lost(self, engine, reason)
+
+    # -- what a process says ----------------------------------------------------------------------------------
+
+    def _on_message(self, incarnation: Incarnation, message: Any, fds: list[int], size: int) -> None:
+        try:
+            self._hear(incarnation, message, fds, size)
+        finally:
+            seqpacket.close_all(fds)
+
+    def _hear(self, incarnation: Incarnation, message: Any, fds: list[int], size: int) -> None:
+        mine = incarnation is self.current
         match message:
             case protocol.Started():
-                self._events.emit("module.started", f"module:{self.name}", pid=self.machine.pid)
+                self.emit("module.started", {"pid": incarnation.pid, "generation": incarnation.generation})
+            case protocol.Loaded(schemas=schemas):
+                self._loaded(incarnation, schemas)
+            case protocol.Progress():
+                if mine:
+                    self.perform(self.machine.handle_progress(self._now()))
+            case protocol.Prepared(engine=engine):
+                incarnation.prepared.add(engine)
+                if incarnation is self.standby and incarnation.ready:
+                    self.emit("standby.ready", {"pid": incarnation.pid})
+            case protocol.Took(engine=engine):
+                self._took(incarnation, engine)
+            case protocol.Yielded(engine=engine):
+                incarnation.running.discard(engine)
+                incarnation.prepared.add(engine)
             case protocol.Serving():
-                self._perform(self.machine.handle_serving(self._now()))
+                if mine:
+                    self.perform(self.machine.handle_serving(self._now()))
+            case protocol.Refused(engine=engine, code=code, message=text):
+                self._refused(incarnation, engine, code, text)
             case protocol.Broken(stage=stage, error=text):
-                self._perform(self.machine.handle_broken(self._now(), stage[:32], text[:2000]))
+                incarnation.error = f"broke in {stage[:32]}: {text[:2000]}"
+                if mine:
+                    self.perform(self.machine.handle_broken(self._now(), stage[:32], text[:2000]))
+            case protocol.Keep(name=name):
+                self._keep(name, fds)
+            case protocol.Health() | protocol.Holding():
+                pass
             case protocol.Attached() | protocol.Dropped() | protocol.Failure():
-                self._hooks.news(self, message)
-            case _ if len(data) > protocol.MAX_REQUEST:
-                self._on_bad(ProtocolError(f"request of {len(data)} bytes exceeds {protocol.MAX_REQUEST}"))
+                incarnation.faults += isinstance(message, protocol.Dropped)
+                self._hooks.news(self, incarnation, message)
+            case _ if size > protocol.MAX_REQUEST:
+                self._on_bad(
+                    incarnation, ProtocolError(f"request of {size} bytes exceeds {protocol.MAX_REQUEST}")
+                )
             case _:
-                self._hooks.request(self, message)
+                self._hooks.request(self, incarnation, message)
+        if self.follower is not None:
+            self.follower.on_message(incarnation, message)
 
-    def _on_bad(self, error: ProtocolError) -> None:
-        self._hooks.bad(self, error.message)
-        self.misbehaved(f"garbage on its link: {error.message}")
+    def _loaded(self, incarnation: Incarnation, schemas: dict[str, protocol.StateSchema]) -> None:
+        if set(schemas) != set(incarnation.engines) or incarnation.schemas is not None:
+            self._on_bad(incarnation, ProtocolError("Loaded is not about the engines of its manifest, once"))
+            return
+        incarnation.schemas = schemas
+        if incarnation is self.current:
+            self.perform(self.machine.handle_progress(self._now()))
+        self._hooks.attach(self, incarnation)
+        for engine in schemas:
+            self._prepare(incarnation, engine)
 
-    def _on_link_closed(self, reason: str) -> None:
-        self._link = None
-        self._perform(self.machine.handle_link_lost(self._now(), reason))
+    def _prepare(self, incarnation: Incarnation, engine: str) -> None:
+        assert incarnation.schemas is not None
+        try:
+            fds = self.states.assign(engine, incarnation.generation, incarnation.schemas[engine])
+        except SnapError as error:
+            self.misbehaved(incarnation, f"no state for engine {engine}: {error}")
+            return
+        incarnation.send(protocol.Prepare(engine=engine, semaphore=self.states.seats[engine].semaphore), fds)
+
+    def _took(self, incarnation: Incarnation, engine: str) -> None:
+        if engine not in incarnation.engines or engine not in self.states.seats:
+            self._on_bad(incarnation, ProtocolError(f"it took {engine!r}, which is no engine of its"))
+            return
+        for other in self.incarnations:
+            other.running.discard(engine)
+        incarnation.running.add(engine)
+        incarnation.prepared.discard(engine)
+        self.states.took(engine, incarnation.generation)
+
+    def _refused(self, incarnation: Incarnation, engine: str, code: str, text: str) -> None:
+        self.emit("state.refused", {"engine": engine, "code": code, "error": text})
+        if incarnation is not self.current:
+            incarnation.error = f"engine {engine} refused its state: {text}"
+            if incarnation is self.standby:
+                self.dismiss_standby()
+        elif code == StateDamagedError.code and engine in self.states.seats:
+            self._replace_state(engine, text)
+            self._prepare(incarnation, engine)
+        else:
+            self.misbehaved(incarnation, f"engine {engine} refused its state: {text}")
+
+    def _keep(self, name: str, fds: list[int]) -> None:
+        old = self.kept.pop(name, None)
+        if old is not None:
+            seqpacket.close_all([old])
+            self._store.remove(f"keep.{self.name}.{name}")
+        if fds:
+            self.kept[name] = fds.pop(0)
+            self._store.put(f"keep.{self.name}.{name}", [self.kept[name]])
+
+    def _forget_kept(self) -> None:
+        for name in list(self.kept):
+            self._keep(name, [])
+
+    def _on_bad(self, incarnation: Incarnation, error: ProtocolError) -> None:
+        self._hooks.bad(self, incarnation, error.message)
+        self.misbehaved(incarnation, f"garbage on its link: {error.message}")
+
+    def _on_link_closed(self, incarnation: Incarnation, reason: str) -> None:
+        incarnation.link = None
+        if incarnation is self.current:
+            self.perform(self.machine.handle_link_lost(self._now(), reason))
+
+    def _on_exit(self, incarnation: Incarnation, how: str, clean: bool) -> None:
+        reason = f"{incarnation.error} ({how})" if incarnation.error else how
+        incarnation.release()
+        self._hooks.died(self, incarnation, reason)
+        self.states.drop_pending(incarnation.generation)
+        if self.follower is not None and self.follower.on_exit(incarnation, reason):
+            if incarnation is self.current:
+                self.current = None
+        elif incarnation is self.current:
+            self._current_exited(how, clean)
+        elif incarnation is self.standby:
+            self.standby = None
+            self.emit("standby.exited", {"how": reason})
+            self._set_timer("standby", STANDBY_PAUSE)
+
+    def _current_exited(self, how: str, clean: bool) -> None:
+        standby = self.standby
+        over = self.machine.state == supervision.STOPPING or self.machine.loops(self._now())
+        if standby is None or not standby.ready or over or self.states.poisoned():
+            self.dismiss_standby()
+            self.current = None
+            self.perform(self.machine.handle_exited(self._now(), how, clean))
+            return
+        self.standby = None
+        self.perform(self.machine.handle_failed_over(self._now(), how))
+        self.adopt(standby, self.found)
 
     @staticmethod
     def _now() -> float:
         return asyncio.get_running_loop().time()
-
-
-def _resident(pid: int | None) -> int | None:
-    """Bytes of memory that the process `pid` has in RAM."""
-    if pid is None:
-        return None
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except (OSError, IndexError, ValueError):
-        return None
-    return pages * os.sysconf("SC_PAGESIZE")

@@ -74,8 +74,13 @@ class CancelTimer:
 
 
 @dataclass(frozen=True)
+class Release:
+    """The process is gone: give back what belonged to it. The module's channels stay, and wait for the next one."""
+
+
+@dataclass(frozen=True)
 class FailChannels:
-    """The process is gone: tell the clients of its channels."""
+    """No process will come: tell the clients of the module's channels, and drop its state."""
 
     reason: str
 
@@ -86,7 +91,7 @@ class Emit:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-Action = Spawn | Terminate | Kill | SetTimer | CancelTimer | FailChannels | Emit
+Action = Spawn | Terminate | Kill | SetTimer | CancelTimer | Release | FailChannels | Emit
 
 
 class Supervision:
@@ -107,6 +112,7 @@ class Supervision:
         self.since = 0.0
         self.pid: int | None = None
         self.generation = 0
+        self._last = 0
         self.restarts = 0
         self.faults = 0
         self.missing: frozenset[str] = frozenset()
@@ -117,10 +123,23 @@ class Supervision:
         self._error = ""
         self._crashes: deque[float] = deque(maxlen=self.limits.crashes)
 
+    def next_generation(self) -> int:
+        """A number that no process of this module has had."""
+        self._last += 1
+        return self._last
+
     @property
     def live(self) -> bool:
         """A process exists, or one was asked for."""
         return self._live
+
+    def loops(self, now: float) -> bool:
+        """Whether the last crashes make a crash loop, or one more would."""
+        return (
+            len(self._crashes) >= self.limits.crashes - 1
+            and now - self._crashes[-self.limits.crashes + 1] <= self.limits.window
+            and now - self._crashes[0] <= self.limits.window
+        )
 
     # -- requests ---------------------------------------------------------------------------------------------
 
@@ -143,7 +162,7 @@ class Supervision:
         if not self._live:
             if self.state in (STOPPED, FAILED):
                 return []
-            return [*self._timers_off(), *self._enter(now, STOPPED, cause)]
+            return [*self._timers_off(), *self._end(now, STOPPED, cause)]
         return self._stop(now, cause)
 
     def handle_restart(self, now: float) -> list[Action]:
@@ -179,6 +198,32 @@ class Supervision:
         if self.state != STARTING or not self._live:
             return []
         return [CancelTimer(START_TIMER), *self._enter(now, READY, "serving")]
+
+    def handle_progress(self, now: float) -> list[Action]:
+        """It gets ready, which may take as long as it likes as long as it gets on."""
+        if self.state != STARTING or not self._live:
+            return []
+        return [SetTimer(START_TIMER, self.limits.start_timeout)]
+
+    def handle_replaced(self, now: float, generation: int, pid: int | None, serving: bool) -> list[Action]:
+        """Another process of this module is the one to supervise from now on: by an upgrade, or as the standby of one
+        that died."""
+        self.generation, self.pid, self._live, self._error = generation, pid, True, ""
+        if self.state == STOPPING:
+            return [Terminate(self.limits.grace)]
+        if serving:
+            return [*self._timers_off(), *self._enter(now, READY, f"generation {generation} took over")]
+        return [
+            *self._timers_off(),
+            *self._enter(now, STARTING, f"generation {generation} takes over"),
+            SetTimer(START_TIMER, self.limits.start_timeout),
+        ]
+
+    def handle_failed_over(self, now: float, how: str) -> list[Action]:
+        """The process died, and `handle_replaced` comes next: a fault, though nobody is started."""
+        self.faults += 1
+        self._crashes.append(now)
+        return [Emit("module.exited", {"how": self._cause(how), "generation": self.generation})]
 
     def handle_broken(self, now: float, stage: str, error: str) -> list[Action]:
         """The process says that it cannot go on; it exits next, and is killed when it does not."""
@@ -222,17 +267,17 @@ class Supervision:
         was, cause = self.state, self._cause(how)
         settled = was == READY and now - self.since >= self.limits.settled
         self._live, self.pid, self._error = False, None, ""
-        actions: list[Action] = [*self._timers_off(), FailChannels(cause)]
+        actions: list[Action] = [*self._timers_off(), Release()]
         actions.append(Emit("module.exited", {"how": how, "generation": self.generation}))
         if was == STOPPING:
             return [*actions, *self._stopped(now)]
         if clean and self.policy != "always":
-            return [*actions, *self._enter(now, STOPPED, "exited by itself with status 0")]
+            return [*actions, *self._end(now, STOPPED, "exited by itself with status 0")]
         self.faults += 1
         self._crashes.append(now)
         if settled:
             self._attempt = 0
-        return [*actions, *self._crashed(now, cause)]
+        return [*actions, *self._crashed(now, cause, settled)]
 
     # -- parts ------------------------------------------------------------------------------------------------
 
@@ -244,17 +289,24 @@ class Supervision:
             self._again = False
             self.restarts += 1
             return self._start(now)
-        return self._enter(now, STOPPED, self.cause)
+        return self._end(now, STOPPED, self.cause)
 
-    def _crashed(self, now: float, cause: str) -> list[Action]:
+    def _end(self, now: float, state: str, cause: str) -> list[Action]:
+        return [FailChannels(cause), *self._enter(now, state, cause)]
+
+    def _crashed(self, now: float, cause: str, settled: bool) -> list[Action]:
         if self.policy == "never":
-            return self._enter(now, FAILED, f"{cause}; restart policy is never")
-        full = len(self._crashes) == self.limits.crashes
-        if full and now - self._crashes[0] <= self.limits.window:
+            return self._end(now, FAILED, f"{cause}; restart policy is never")
+        if len(self._crashes) == self.limits.crashes and self.loops(now):
             loop = (
                 f"crash loop, {self.limits.crashes} exits within {self.limits.window:g} s; the last: {cause}"
             )
-            return self._enter(now, FAILED, loop)
+            return self._end(now, FAILED, loop)
+        if settled:
+            # It has done well for long: its clients need not wait.
+            self.restarts += 1
+            self._attempt += 1
+            return self._start(now, f"starts again: {cause}")
         return self._back_off(now, cause)
 
     def _back_off(self, now: float, cause: str) -> list[Action]:
@@ -265,7 +317,7 @@ class Supervision:
         self._attempt += 1
         return [SetTimer(BACKOFF_TIMER, delay), *self._enter(now, BACKOFF, cause, {"delay": round(delay, 3)})]
 
-    def _start(self, now: float) -> list[Action]:
+    def _start(self, now: float, cause: str = "its process starts") -> list[Action]:
         if self.missing:
             waiting = "waiting for " + ", ".join(sorted(self.missing))
             if (self.state, self.cause) == (STARTING, waiting):
@@ -273,9 +325,9 @@ class Supervision:
             return self._enter(now, STARTING, waiting)
         self._live = True
         self._error = ""
-        self.generation += 1
+        self.generation = self.next_generation()
         return [
-            *self._enter(now, STARTING, "its process starts"),
+            *self._enter(now, STARTING, cause),
             SetTimer(START_TIMER, self.limits.start_timeout),
             Spawn(self.generation),
         ]

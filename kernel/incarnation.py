@@ -1,0 +1,168 @@
+"""One process of a module, as the kernel knows it: process, link, statistics, and what it has said of its engines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from snap.dataplane import _native
+from snap.dataplane.errors import ProtocolError, SnapError
+from snap.ipc import protocol, seqpacket
+from snap.ipc.discovery import Found
+from snap.ipc.protocol import EngineView, StateSchema
+from snap.ipc.segment import Segment
+
+from .link import Connection
+from .processes import Log, LogPipe, Process
+
+DESCRIPTORS = 1024
+BACKLOG = 2 * _native.Gate.LINES
+"""A process that loads slowly is told of all channels before it reads any."""
+
+_DECODER: protocol.Decoder[Any] = protocol.Decoder(protocol.FromModule)
+
+
+class Incarnation:
+    """Generation `generation` of a module, from the code in `found`.
+
+    `on_message(self, message, fds)` owns the descriptors, `on_bad(self, error)` and `on_closed(self, reason)` come from
+    its link, `on_exit(self, how, clean)` once when the process was reaped.
+    """
+
+    def __init__(self, generation: int, found: Found, log: Log) -> None:
+        self.generation = generation
+        self.found = found
+        self.schemas: dict[str, StateSchema] | None = None
+        self.prepared: set[str] = set()
+        self.running: set[str] = set()
+        self.error = ""
+        self.faults = 0
+        self.log = LogPipe(log)
+        self.page = Segment.create(_native.StatsPage.BYTES)
+        self.stats = _native.StatsPage(self.page.fd, False)
+        self.process: Process | None = None
+        self.link: Connection | None = None
+
+    def start(
+        self,
+        host: Sequence[str],
+        on_message: Callable[[Incarnation, Any, list[int], int], None],
+        on_bad: Callable[[Incarnation, ProtocolError], None],
+        on_closed: Callable[[Incarnation, str], None],
+        on_exit: Callable[[Incarnation, str, bool], None],
+    ) -> None:
+        """Raises SnapError and OSError, with nothing left behind."""
+        ours, theirs = seqpacket.pair()
+        try:
+            write = self.log.open()
+            try:
+                limit = self.found.manifest.resources.descriptors or DESCRIPTORS
+                self.process = Process(host, theirs.fileno(), write, limit, partial(on_exit, self))
+            finally:
+                theirs.close()
+                seqpacket.close_all([write])
+        except BaseException:
+            ours.close()
+            theirs.close()
+            self.release()
+            raise
+        self.link = Connection(
+            ours,
+            lambda data, fds: self._decode(data, fds, on_message, on_bad),
+            partial(on_bad, self),
+            partial(on_closed, self),
+            BACKLOG,
+        )
+
+    @property
+    def pid(self) -> int | None:
+        return None if self.process is None else self.process.pid
+
+    @property
+    def engines(self) -> list[str]:
+        return list(self.found.manifest.engines)
+
+    @property
+    def ready(self) -> bool:
+        """Every engine waits for its ownership, or runs."""
+        return self.schemas is not None and self.prepared | self.running >= set(self.engines)
+
+    @property
+    def serves(self) -> bool:
+        """Every engine runs here."""
+        return self.running >= set(self.engines)
+
+    def send(self, message: Any, fds: Sequence[int] = ()) -> None:
+        if self.link is not None:
+            self.link.send(message, fds)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+
+    def release(self) -> None:
+        """The process has ended: give back what belonged to it."""
+        if self.link is not None:
+            self.link.drain()
+        link, self.link = self.link, None
+        if link is not None:
+            link.close("its process ended")
+        self.process = None
+        self.log.drain()
+        self.stats.close()
+        self.page.close()
+
+    def stale(self, limit: float, waited: float) -> str | None:
+        """The first engine that gave no sign of life for `limit` seconds; `waited`: how long one could have."""
+        for view in self.engine_views():
+            if view.name not in self.running:
+                continue
+            if (waited if view.heartbeat_age_ns < 0 else view.heartbeat_age_ns / 1e9) > limit:
+                return view.name
+        return None
+
+    def engine_views(self) -> list[EngineView]:
+        now = time.monotonic_ns()
+        views = []
+        for index, name in enumerate(self.engines[: _native.StatsPage.LINES]):
+            record = self.stats.read(index)
+            beat = record["heartbeat_ns"]
+            views.append(
+                EngineView(
+                    name=name,
+                    polls=record["polls"],
+                    work=record["work"],
+                    busy_ns=record["busy_ns"],
+                    channels=record["channels"],
+                    heartbeat_age_ns=max(0, now - beat) if beat and self.process is not None else -1,
+                )
+            )
+        return views
+
+    def resident(self) -> int | None:
+        """Bytes of memory that the process has in RAM."""
+        if self.pid is None:
+            return None
+        try:
+            pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        except (OSError, IndexError, ValueError):
+            return None
+        return pages * 4096
+
+    def _decode(
+        self,
+        data: bytes,
+        fds: list[int],
+        on_message: Callable[[Incarnation, Any, list[int], int], None],
+        on_bad: Callable[[Incarnation, ProtocolError], None],
+    ) -> None:
+        try:
+            message = _DECODER.decode(data)
+        except SnapError as error:
+            seqpacket.close_all(fds)
+            on_bad(self, ProtocolError(error.message, error.hint))
+        else:
+            on_message(self, message, fds, len(data))

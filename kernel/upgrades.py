@@ -1,0 +1,247 @@
+"""All upgrades of all modules: what may begin, in which order, and what became of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from snap.dataplane.errors import (
+    BusyError,
+    DeadlineError,
+    DeniedError,
+    NotFoundError,
+    NotRunningError,
+    RolledBackError,
+    UsageError,
+)
+from snap.ipc.discovery import Found
+from snap.ipc.manifest import Manifest
+from snap.ipc.protocol import UpgradeView
+
+from . import operations, packages
+from .runner import Runner
+from .upgrading import Upgrading, Waits
+
+if TYPE_CHECKING:
+    from .kernel import Kernel
+
+HISTORY: Final = 256
+VERSIONS: Final = 8
+"""Earlier versions of a module that can be named."""
+
+
+class Upgrades:
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._last = 0
+        self._running: dict[str, Upgrading] = {}
+        self._queued: dict[str, Upgrading] = {}
+        self._history: deque[UpgradeView] = deque(maxlen=HISTORY)
+        self._versions: dict[str, deque[Found]] = {}
+
+    # -- beginning --------------------------------------------------------------------------------------------
+
+    def begin(self, name: str, source: str | None, bake: float, rollback: bool) -> int:
+        """The id of the upgrade, which begins now or after those of modules that this one requires.
+
+        Raises BusyError, NotRunningError, and what is wrong with the new version: NotFoundError, ManifestError,
+        DeniedError, UsageError. The old version serves on then.
+        """
+        runner = self._upgradable(name)
+        found = self._find(runner, source)
+        self._check(runner, found.manifest)
+        kept = packages.keep(found, self._kernel.settings.runtime_dir / packages.DIRECTORY)
+        return self._begin(runner, kept, "upgrade", bake, rollback, origin=found)
+
+    def roll_back(self, name: str) -> int:
+        """Back to what ran before: out of the upgrade that bakes, or by an upgrade to it. Raises as `begin` does."""
+        running = self._running.get(name)
+        if running is not None and running.view.phase == "bake":
+            running.cancel("rolled back by an operator")
+            return running.view.id
+        runner = self._upgradable(name)
+        versions = self._versions.get(name)
+        if not versions:
+            raise NotFoundError(f"module {name!r} has had no other version", "see `snapctl upgrade history`")
+        return self._begin(runner, versions[-1], "rollback", 0.0, True)
+
+    def interrupt(self, runner: Runner, kind: str) -> None:
+        """An operator wants something else of the module. Raises BusyError unless that is to stop it."""
+        upgrading = self._running.get(runner.name) or self._queued.get(runner.name)
+        if upgrading is None or kind == operations.START:
+            return
+        if kind != operations.STOP:
+            raise BusyError(
+                f"upgrade {upgrading.view.id} of module {runner.name!r} is under way",
+                f"follow it with `snapctl upgrade show {upgrading.view.id}`, or stop the module",
+            )
+        upgrading.abandon("the module was stopped")
+
+    def close(self) -> None:
+        for upgrading in [*self._queued.values(), *self._running.values()]:
+            upgrading.abandon("the kernel stops")
+
+    # -- views ------------------------------------------------------------------------------------------------
+
+    def running_of(self, runner: Runner) -> int | None:
+        upgrading = self._running.get(runner.name) or self._queued.get(runner.name)
+        return None if upgrading is None else upgrading.view.id
+
+    def views(self, name: str | None = None) -> list[UpgradeView]:
+        """The latest last."""
+        under_way = [each.view for each in (*self._running.values(), *self._queued.values())]
+        found = sorted([*self._history, *under_way], key=lambda view: view.id)
+        return [view for view in found if name in (None, view.module)]
+
+    def view(self, number: int) -> UpgradeView:
+        """Raises NotFoundError."""
+        for view in self.views():
+            if view.id == number:
+                return view
+        raise NotFoundError(f"there is no upgrade {number}", "see `snapctl upgrade history`")
+
+    async def result(self, number: int, within: float) -> UpgradeView:
+        """Wait for its end, at most `within` seconds. Raises RolledBackError with the reason, DeadlineError."""
+        upgrading = next(
+            (each for each in (*self._running.values(), *self._queued.values()) if each.view.id == number),
+            None,
+        )
+        if upgrading is not None:
+            try:
+                async with asyncio.timeout(within):
+                    await asyncio.shield(upgrading.finished)
+            except TimeoutError as error:
+                raise DeadlineError(
+                    f"upgrade {number} is not done after {within:g} s",
+                    f"it goes on: `snapctl upgrade show {number}`",
+                ) from error
+        view = self.view(number)
+        wanted = view.kind == "rollback"
+        if view.outcome != "committed" and not (
+            view.outcome == "rolled_back" and view.reason.startswith("rolled back by")
+        ):
+            verb = "rollback" if wanted else "upgrade"
+            raise RolledBackError(
+                f"{verb} of module {view.module!r} failed ({view.outcome}): {view.reason}",
+                f"version {view.from_version} serves; see `snapctl module logs {view.module}`",
+            )
+        return view
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _upgradable(self, name: str) -> Runner:
+        runner = self._kernel.runner(name)
+        upgrading = self._running.get(name) or self._queued.get(name)
+        if upgrading is not None:
+            raise BusyError(
+                f"upgrade {upgrading.view.id} of module {name!r} is under way",
+                f"follow it with `snapctl upgrade show {upgrading.view.id}`",
+            )
+        if not runner.ready or runner.current is None:
+            raise NotRunningError(
+                f"module {name!r} is {runner.machine.state}: there is nothing to take over",
+                f"start it with `snapctl module start {name}`",
+            )
+        return runner
+
+    def _find(self, runner: Runner, source: str | None) -> Found:
+        """Raises NotFoundError, ManifestError."""
+        if source is None:
+            if runner.origin.source == packages.SHIPPED:
+                found = packages.load(runner.origin.path, runner.name)
+                return Found(found.manifest, found.path, packages.SHIPPED)
+            return packages.load(runner.origin.path, runner.name)
+        if "/" in source or Path(source).is_dir():
+            return packages.load(Path(source).absolute(), runner.name)
+        known: list[Found] = [*self._versions.get(runner.name, ()), runner.found]
+        for found in reversed(known):
+            if found.manifest.module.version == source:
+                return found
+        versions = ", ".join(dict.fromkeys(found.manifest.module.version for found in known))
+        raise NotFoundError(
+            f"no version {source!r} of module {runner.name!r} is known here",
+            f"known: {versions}; or give the directory of the new one",
+        )
+
+    def _check(self, runner: Runner, manifest: Manifest) -> None:
+        """Raises DeniedError, NotFoundError, UsageError."""
+        kernel, name = self._kernel, runner.name
+        for service in manifest.requires.services:
+            if service not in kernel.plan.providers:
+                raise NotFoundError(f"the new version requires {service!r}, which nobody provides")
+            reason = kernel.denial(name, service)
+            if reason is not None:
+                raise DeniedError(f"the new version requires {service!r}: {reason}", "the policy decides")
+        for service in manifest.provides:
+            if kernel.plan.providers.get(service) != name:
+                raise UsageError(
+                    f"the new version provides {service!r}, which the running one does not",
+                    "a new service comes with a start of the kernel",
+                )
+        old = runner.found.manifest
+        missing = sorted(set(old.provides) - set(manifest.provides))
+        if missing:
+            raise UsageError(
+                f"the new version does not provide {', '.join(missing)} any more", "stop it first"
+            )
+        if set(manifest.engines) != set(old.engines):
+            raise UsageError(
+                f"the new version runs engines {sorted(manifest.engines)}, the running one {sorted(old.engines)}",
+                "engines are handed over by name: stop the module, and start the new version",
+            )
+
+    def _begin(
+        self,
+        runner: Runner,
+        found: Found,
+        kind: str,
+        bake: float,
+        rollback: bool,
+        origin: Found | None = None,
+    ) -> int:
+        self._last += 1
+        broker = self._kernel.broker
+        waits = Waits(lambda: broker.clear_waits(runner), lambda: broker.longest_wait(runner))
+        upgrading = Upgrading(self._last, runner, found, kind, bake, rollback, waits, self._ended)
+        if origin is not None:
+            upgrading.origin = origin
+        self._queued[runner.name] = upgrading
+        runner.emit("upgrade.phase", {"id": self._last, "phase": "queued", "reason": ""})
+        self._next()
+        return self._last
+
+    def _next(self) -> None:
+        """Begin what waits for nobody: modules that others require go first."""
+        for name, upgrading in list(self._queued.items()):
+            needed = self._kernel.plan.requirements(upgrading.runner.found.manifest)
+            if not any(other in self._running or other in self._queued for other in needed):
+                del self._queued[name]
+                self._running[name] = upgrading
+                upgrading.begin()
+
+    def _ended(self, upgrading: Upgrading) -> None:
+        runner, view = upgrading.runner, upgrading.view
+        self._running.pop(runner.name, None)
+        self._queued.pop(runner.name, None)
+        self._history.append(view)
+        if view.outcome == "committed":
+            runner.origin = upgrading.origin
+            versions = self._versions.setdefault(runner.name, deque(maxlen=VERSIONS))
+            versions.append(upgrading.before)
+        self._next()
+
+    # -- outliving the kernel ---------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "last": self._last,
+            "history": [msgspec.to_builtins(view) for view in self.views()],
+            "versions": {
+                name: [[found.manifest.to_builtins(), str(found.path), found.source] for found in versions]
+                for name, versions in self._versions.items()
+            },
+        }
