@@ -457,7 +457,7 @@ class Runner:
             incarnation.error = f"engine {engine} refused its state: {text}"
             if incarnation is self.standby:
                 self.dismiss_standby()
-        elif code == StateDamagedError.code and engine in self.states.seats:
+        elif code == StateDamagedError.code and engine in self.states.seats and self.follower is None:
             self._replace_state(engine, text)
             self._prepare(incarnation, engine)
         else:

@@ -32,6 +32,9 @@ FLIP_TIMER: Final = "flip"
 BAKE_TIMER: Final = "bake"
 CHECK_TIMER: Final = "check"
 
+PATIENT_WITH: Final = 3
+"""Times that NEW may leave an engine that was let go for it to OLD."""
+
 
 @dataclass(frozen=True)
 class Patience:
@@ -126,8 +129,9 @@ class Upgrade:
         self.alive: set[str] = {OLD}
         self._bake, self._rollback, self._patience = bake, rollback, patience or Patience()
         self._prepared: set[str] = set()
-        self._checked = False
         self._waiting_for_health = False
+        self._moved = False
+        self._refusals = 0
 
     @property
     def done(self) -> bool:
@@ -175,7 +179,11 @@ class Upgrade:
         return []
 
     def handle_took(self, who: str, engine: str) -> list[Action]:
+        back = self.phase == BLACKOUT and who == OLD
         self.holder[engine] = who
+        self._moved = self._moved or who == NEW
+        if back:
+            return self._not_taken()
         if self.phase == BROWNOUT and who == NEW:
             # Its predecessor died just then: what was to come has come.
             return self._forward()
@@ -242,6 +250,13 @@ class Upgrade:
             return [timer]  # nobody holds it: the waiting one takes it
         return [timer, Yield(OLD, left[0], self.migrates)]
 
+    def _not_taken(self) -> list[Action]:
+        """OLD let go, waited a moment, and took the engine again: NEW does not. Once that can be bad luck."""
+        self._refusals += 1
+        if self._refusals < PATIENT_WITH:
+            return self._next_engine()
+        return self._fail("the new version waits for its engines, and does not take them")
+
     def _bake_it(self) -> list[Action]:
         self.phase = BAKE
         actions: list[Action] = [Serve(NEW)]
@@ -265,7 +280,7 @@ class Upgrade:
         if self.done or self.phase in (RETURN, RETURN_BROWNOUT):
             return []
         self.reason = reason
-        moved = NEW in self.holder.values()
+        moved = self._moved
         # In the blackout of a migration OLD may have retired an engine by now, and cannot take it again.
         retired = self.phase == BLACKOUT and self.migrates
         if not moved and not retired and OLD in self.alive:
@@ -336,8 +351,7 @@ class Upgrade:
         return self._fall(f"{self.reason}; then the old version did not take over in time")
 
     def _fall(self, reason: str) -> list[Action]:
-        moved = NEW in self.holder.values() or BACK in self.holder.values()
-        return self._end(ROLLED_BACK if moved else ABORTED, reason)
+        return self._end(ROLLED_BACK if self._moved else ABORTED, reason)
 
     def _end(self, outcome: str, reason: str) -> list[Action]:
         """Everybody out; supervision starts the old version."""

@@ -32,16 +32,19 @@ pub enum State {
     Revoked = 4,
     Faulted = 5,
     Gone = 6,
+    /// The engine goes on without its state: what was under way is lost.
+    Lost = 7,
 }
 
 impl State {
-    pub const NAMES: [(&'static str, State); 6] = [
+    pub const NAMES: [(&'static str, State); 7] = [
         ("open", State::Open),
         ("paused", State::Paused),
         ("moved", State::Moved),
         ("revoked", State::Revoked),
         ("faulted", State::Faulted),
         ("gone", State::Gone),
+        ("lost", State::Lost),
     ];
 
     pub fn name(self) -> &'static str {
@@ -215,6 +218,7 @@ impl Core {
         match State::from_word(word) {
             Some(State::Gone) => Err(Error::Gone),
             Some(State::Revoked) => Err(Error::Revoked),
+            Some(State::Lost) => Err(Error::Lost),
             // The client can write the state word as well: no other state is believed behind a shut gate.
             _ if !gate_open => Err(Error::Revoked),
             Some(State::Moved) => Err(Error::Moved),
@@ -352,6 +356,7 @@ impl Core {
             Ok(()) => "open",
             Err(Error::Revoked) => "revoked",
             Err(Error::Gone) => "gone",
+            Err(Error::Lost) => "lost",
             Err(Error::Moved) => "moved",
             Err(Error::Closed) => "closed",
             // What the channel is, not who serves it.

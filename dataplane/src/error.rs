@@ -61,6 +61,8 @@ pub enum Error {
     Revoked,
     #[error("the other end is gone")]
     Gone,
+    #[error("the engine behind the channel lost its state, and what was under way with it")]
+    Lost,
     #[error("this end is closed")]
     Closed,
     #[error("another process serves the channel now")]

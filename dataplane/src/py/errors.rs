@@ -36,6 +36,7 @@ pub fn convert(py: Python<'_>, error: Error) -> PyErr {
         Error::Size { .. } => ("MessageSizeError", "open the channel with a larger payload pool, or send in parts"),
         Error::Revoked => ("RevokedError", "ask for a new grant: `snapctl cap why` tells which rule applies"),
         Error::Gone => ("PeerGoneError", "Channel.reopen() gets a fresh channel when the service is back"),
+        Error::Lost => ("StateLostError", "Channel.reopen() gets a fresh channel"),
         Error::Closed => ("ClosedError", ""),
         Error::Dormant => ("BusyError", "it can be used after `Ledger.take`"),
         Error::Moved => ("PeerGoneError", "Channel.reopen() gets a channel to the new generation"),
