@@ -92,7 +92,10 @@ class Kernel:
             )
 
     def tell(self, message: Message, fds: tuple[int, ...] = ()) -> None:
-        seqpacket.send(self.sock, encode(message), fds)
+        try:
+            seqpacket.send(self.sock, encode(message), fds)
+        except BrokenPipeError:
+            raise AssertionError(f"the process ended: {self.process.communicate()[1]}") from None
 
     def configure(self, path: Path, manifest: dict[str, Any], generation: int = 1, **kept: int) -> None:
         name = manifest["module"]["name"]

@@ -45,7 +45,7 @@ def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_a_fresh_module_passes_its_own_tests_with_plain_pytest(fresh: Path) -> None:
     done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=fresh)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 passed" in done.stdout
+    assert "5 passed" in done.stdout
 
 
 def test_a_fresh_module_has_no_problems(fresh: Path) -> None:
