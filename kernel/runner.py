@@ -267,7 +267,7 @@ class Runner:
             restarts=machine.restarts,
             faults=machine.faults,
             since=self._since,
-            path=str(self.found.path),
+            path=str(self.origin.path),
             provides=list(manifest.provides),
             requires=list(manifest.requires.services),
             engines=self.engine_views(),
