@@ -28,6 +28,7 @@ from snap.ipc.segment import NAME_PREFIX, Segment
 PATIENCE = 15.0
 LEAVE = 5.0
 _PR_SET_CHILD_SUBREAPER = 36
+_GETPID = 11
 _KINDS = ("socket:", "pipe:", "anon_inode:", "/memfd:", "/dev/shm/")
 _OUTCOME: pytest.StashKey[bool] = pytest.StashKey()
 
@@ -169,17 +170,33 @@ def leaks_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def leaked_since(before: Holdings) -> dict[str, dict[str, int]]:
-    """What is held beyond `before`, but for named segments of somebody else's kernel, which may run beside us."""
+    """What is held beyond `before`, but for named segments and semaphores of somebody else's kernel, which may run beside
+    us."""
     left = Holdings.now().beyond(before)
     if left:
         # Only now: collecting takes ten times as long as looking.
         gc.collect()
         left = Holdings.now().beyond(before)
+    semaphores = {
+        number: count
+        for number, count in left.pop("semaphores", {}).items()
+        if not _used_elsewhere(int(number))
+    }
+    if semaphores:
+        left["semaphores"] = semaphores
     if names := left.pop("shared_memory", {}):
         elsewhere = _mapped_elsewhere()
         if ours := {name: count for name, count in names.items() if f"/dev/shm/{name}" not in elsewhere}:
             left["shared_memory"] = ours
     return left
+
+
+def _used_elsewhere(semaphore: int) -> bool:
+    """Whether the process that last did something with a semaphore lives, and is not ours."""
+    last = ctypes.CDLL(None, use_errno=True).semctl(semaphore, 0, _GETPID)
+    return (
+        last > 0 and last not in {os.getpid(), *descendants(os.getpid())} and Path(f"/proc/{last}").exists()
+    )
 
 
 def _mapped_elsewhere() -> str:
