@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from snap.modules.relay.engine import Relay
-from snap.modules.testing import ChannelPair, EngineHarness
+from snap.modules.testing import ChannelPair, EngineHarness, crash, upgrade
 
 
 def drain(pair: ChannelPair) -> list[bytes]:
@@ -85,3 +87,25 @@ def test_a_client_that_is_revoked_takes_only_its_own_channel_along(service: str)
         pairs[service].revoke()
         harness.run()
         assert list(harness.dropped) == [pairs[service].server.id]
+
+
+def test_a_relay_that_dies_at_any_poll_loses_and_repeats_nothing() -> None:
+    seed = random.SystemRandom().getrandbits(32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    with EngineHarness(Relay()) as harness:
+        left = harness.attach(service="relay-in", slots=64)
+        right = harness.attach(service="relay-out", slots=64, down_bytes=1 << 16)
+        sent = [b"%d " % n + bytes(chance.choice([0, 0, 3000])) for n in range(600)]
+        waiting, found = list(sent), []
+        while len(found) < len(sent):
+            del waiting[: left.client.send_many(waiting, timeout=0)]
+            happens = chance.random()
+            if happens < 0.3:
+                crash(harness)
+            elif happens < 0.5:
+                upgrade(harness, Relay)
+            else:
+                harness.turn()
+            found += right.client.recv_many(chance.randint(1, 30), timeout=0)
+        assert found == sent

@@ -72,6 +72,21 @@ def test_every_shipped_module_has_no_problems(name: str) -> None:
 GOOD = "from snap.modules import Engine\nclass E(Engine):\n    def poll(self, budget): return 0\n"
 
 
+TABLE = """
+from snap.modules import Engine, Schema, Table, migrate
+class E(Engine):
+    schema = Schema(version=1, t=Table(key="u8", row="u8", capacity=10))
+    def poll(self, budget): return 0
+"""
+MIGRATING = (
+    TABLE
+    + """
+    @migrate("NAME", 1, 1)
+    def m(self, old, new): ...
+"""
+)
+
+
 def broken(
     folder: Path, code: str = GOOD, target: str = "engine:E", extra: str = "", limit: float = 20.0
 ) -> Report:
@@ -99,6 +114,10 @@ def broken(
         ({"target": "missing:E"}, "import", "No module named"),
         ({"extra": 'entry = "engine:E"'}, "engine", "not a subclass of Module"),
         ({"extra": "surprise = 1"}, "manifest", "surprise"),
+        ({"code": TABLE.replace("version=1", "version=2")}, "state", "state_version is 1"),
+        ({"code": TABLE.replace("10", "10**7")}, "state", "engines.e.state is 16MiB"),
+        ({"code": MIGRATING.replace("NAME", "u")}, "state", "has no such object"),
+        ({"code": MIGRATING.replace("NAME", "t").replace("1, 1", "1, 2")}, "state", "is of version 1"),
         ({"extra": '[provides.s]\nengine = "e"\n[requires]\nservices = ["s"]'}, "manifest", "module itself"),
     ],
 )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snap.dataplane.errors import FaultedError, FullError, PeerGoneError, RevokedError
-from snap.modules import Engine, ServerChannel
+from snap.dataplane.errors import FaultedError, FullError, PeerGoneError, RevokedError, SchemaError
+from snap.modules import Array, Engine, Schema, ServerChannel, Slab, Table, migrate
 from snap.modules.echo.engine import PyEcho
-from snap.modules.testing import EngineHarness, FaultInjector, VirtualClock, channel_pair
+from snap.modules.testing import EngineHarness, FaultInjector, VirtualClock, channel_pair, crash, upgrade
 
 FDS = Path("/proc/self/fd")
 
@@ -200,6 +201,230 @@ def test_a_full_client_gets_every_answer_once_it_reads() -> None:
             got += burst
             harness.run()
         assert got == sent and len(sent) > 64
+
+
+class Large(PyEcho):
+    """Answers each message with three of 20,000 bytes: room for descriptors says nothing about room for these."""
+
+    def poll(self, budget: int) -> int:
+        done = 0
+        for channel in self.channels:
+            messages = channel.take(budget)
+            channel.answer([message + bytes(20_000) for message in messages for _ in range(3)])
+            done += len(messages)
+        return done
+
+
+def test_a_client_without_room_for_large_answers_holds_up_nobody_and_loses_nothing() -> None:
+    with EngineHarness(Large()) as harness:
+        slow, quick = harness.attach(down_bytes=1 << 17), harness.attach(down_bytes=1 << 17)
+        sent = [b"%03d" % number for number in range(40)]
+        slow.client.send_many(sent)
+        harness.run()
+        for number in range(10):
+            quick.client.send(b"%03d" % number)
+            harness.run()
+            assert [quick.client.recv(timeout=0)[:3] for _ in range(3)] == [b"%03d" % number] * 3
+        got: list[bytes] = []
+        while burst := slow.client.recv_many(2, timeout=0):
+            got += [answer[:3] for answer in burst]
+            harness.run()
+        assert got == [message for message in sent for _ in range(3)] and harness.dropped == {}
+
+
+class First(Engine):
+    """Counts messages by content, remembers the last ones, and greets who attaches."""
+
+    schema = Schema(
+        version=1,
+        seen=Table(key="S8", row={"count": "u4"}, capacity=100),
+        last=Array("S8", 4),
+        clients=Slab({"badge": "S8"}, 10),
+    )
+
+    def on_attach(self, channel: ServerChannel) -> None:
+        badge = channel.badge.encode()
+        if badge not in [self.state.clients[number]["badge"] for number in self.state.clients]:
+            self.state.clients.allocate((badge,))
+
+    def poll(self, budget: int) -> int:
+        done = 0
+        for channel in self.channels:
+            for message in channel.take(budget):
+                count = int(self.state.seen.get(message, (0,))[0]) + 1
+                self.note(message, count)
+                self.state.last[count % 4] = message
+                channel.answer([b"%s %d" % (message, count)])
+                done += 1
+        return done
+
+    def note(self, message: bytes, count: int) -> None:
+        self.state.seen[message] = (count,)
+
+
+class Second(First):
+    schema = Schema(
+        version=2,
+        oldest=1,
+        seen=Table(key="S8", row={"count": "u4", "half": "f8"}, capacity=100),
+        clients=Slab({"badge": "S8"}, 10),
+        last=Array("S8", 4),
+    )
+
+    @migrate("seen", 1, 2)
+    def halves(self, old: Any, new: Any) -> None:
+        new["half"] = old["count"] / 2
+
+    def note(self, message: bytes, count: int) -> None:
+        self.state.seen[message] = (count, count / 2)
+
+
+def test_an_upgrade_to_itself_changes_nothing_and_carries_what_waits() -> None:
+    with EngineHarness(First()) as harness:
+        pair = harness.attach(badge="ann")
+        pair.client.send_many([b"a", b"b", b"a"])
+        harness.run()
+        pair.client.send(b"c")
+        before = harness.contents()
+        upgrade(harness, First)
+        assert harness.contents() == before
+        harness.run()
+        assert pair.client.recv_many(9, timeout=0) == [b"a 1", b"b 1", b"a 2", b"c 1"]
+        assert [channel.badge for channel in harness.engine.channels] == ["ann"]
+
+
+def test_an_upgrade_migrates_and_a_rollback_takes_back() -> None:
+    with EngineHarness(First()) as harness:
+        pair = harness.attach(badge="ann")
+        pair.client.send_many([b"a"] * 3)
+        harness.run()
+        upgrade(harness, Second)
+        assert harness.engine.state.seen[b"a"].tolist() == (3, 1.5)
+        pair.client.send(b"a")
+        harness.run()
+        upgrade(harness, First())
+        pair.client.send(b"a")
+        harness.run()
+        assert pair.client.recv_many(9, timeout=0) == [b"a %d" % number for number in range(1, 6)]
+        assert [row["badge"] for row in (harness.engine.state.clients[0],)] == [b"ann"]
+        assert harness.generation == 3
+
+
+def test_a_crash_takes_back_the_poll_it_was_in_and_that_alone() -> None:
+    with EngineHarness(First(), budget=2) as harness:
+        pair = harness.attach()
+        pair.client.send_many([b"%d" % number for number in range(6)])
+        harness.turn()
+        before = harness.contents()
+        assert crash(harness).undone > 0
+        assert harness.contents() == before
+        assert crash(harness, Second.__mro__[1]).undone > 0
+        harness.run()
+        assert pair.client.recv_many(9, timeout=0) == [b"%d 1" % number for number in range(6)]
+
+
+def test_an_engine_that_dies_in_its_poll_leaves_the_state_of_the_last_one() -> None:
+    class Dying(First):
+        def note(self, message: bytes, count: int) -> None:
+            super().note(message, count)
+            if message == b"bad" and type(self) is Dying:
+                raise ZeroDivisionError
+
+    with EngineHarness(Dying()) as harness:
+        pair = harness.attach()
+        pair.client.send(b"good")
+        harness.run()
+        before = harness.contents()
+        pair.client.send_many([b"good", b"bad"])
+        with pytest.raises(ZeroDivisionError):
+            harness.turn()
+        harness.succeed(First)
+        assert harness.contents() == before
+        harness.run()
+        assert pair.client.recv_many(9, timeout=0) == [b"good 1", b"good 2", b"bad 1"]
+
+
+def test_a_schema_changed_without_a_version_is_refused_and_the_engine_goes_on() -> None:
+    class Liar(First):
+        schema = Schema(version=1, seen=Table(key="S8", row={"count": "u8"}, capacity=100))
+
+    class Far(First):
+        schema = Schema(version=3, oldest=2)
+
+    with EngineHarness(First()) as harness:
+        pair = harness.attach()
+        for engine in (Liar, Far):
+            with pytest.raises(SchemaError):
+                upgrade(harness, engine)
+        pair.client.send(b"a")
+        harness.run()
+        assert pair.client.try_recv() == b"a 1"
+
+
+def test_attributes_are_private_and_restore_builds_them_anew() -> None:
+    class Caching(First):
+        known: set[bytes]
+
+        def snapshot(self) -> bytes:
+            return b"said at the hand-over"
+
+        def restore(self, version: int, state: bytes) -> None:
+            self.known, self.told = set(self.state.seen), (version, state)
+
+    with EngineHarness(Caching()) as harness:
+        assert harness.engine.told == (1, b"")
+        pair = harness.attach()
+        pair.client.send_many([b"a", b"b"])
+        harness.run()
+        upgrade(harness, Caching)
+        assert harness.engine.told == (1, b"said at the hand-over")
+        assert harness.engine.known == {b"a", b"b"}
+        pair.client.recv_many(9, timeout=0)
+
+
+def test_a_client_that_left_before_a_take_over_is_not_attached_again() -> None:
+    with EngineHarness(First()) as harness:
+        leaving, staying = harness.attach(badge="ann"), harness.attach(badge="bob")
+        harness.turn()
+        harness.detach(leaving)
+        upgrade(harness, First)
+        harness.run()
+        assert [channel.badge for channel in harness.engine.channels] == ["bob"]
+        staying.client.send(b"a")
+        harness.run()
+        assert staying.client.try_recv() == b"a 1"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from(["send", "turn", "read", "crash", "upgrade", "back", "attach"]), max_size=60))
+def test_whatever_generations_come_and_go_each_message_counts_once(steps: list[str]) -> None:
+    with EngineHarness(First(), budget=3) as harness:
+        pairs = [harness.attach(badge="0")]
+        sent: dict[int, list[bytes]] = {0: []}
+        got: dict[int, list[bytes]] = {0: []}
+        for number, step in enumerate(steps):
+            which = number % len(pairs)
+            if step == "send":
+                message = b"%d.%d" % (which, len(sent[which]))
+                pairs[which].client.send_many([message], timeout=0)
+                sent[which].append(message)
+            elif step == "turn":
+                harness.turn()
+            elif step == "read":
+                got[which] += pairs[which].client.recv_many(9, timeout=0)
+            elif step == "crash":
+                crash(harness)
+            elif step == "attach":
+                if len(pairs) < 4:
+                    sent[len(pairs)], got[len(pairs)] = [], []
+                    pairs.append(harness.attach(badge=str(len(pairs))))
+            elif len(sent) < 60:
+                upgrade(harness, Second if step == "upgrade" else First)
+        harness.run()
+        for which, pair in enumerate(pairs):
+            got[which] += pair.client.recv_many(99, timeout=0)
+            assert got[which] == [message + b" 1" for message in sent[which]]
+        assert len(harness.engine.state.seen) == sum(map(len, sent.values()))
 
 
 STEPS = st.lists(
