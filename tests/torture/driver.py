@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from snap import ipc
 from snap.ipc import BusyError, DeadlineError, NotFoundError, SnapError, UnreachableError
+from snap.kernel.keeper import RESPAWN_WINDOW, RESPAWNS
 
 from . import ops, versions
 from .events import BAKE, Event
@@ -40,6 +41,7 @@ class Driver:
     def __init__(self, world: World, clients: int, say: Callable[[str], None]) -> None:
         self.world, self.clients, self.say = world, clients, say
         self.result = Result()
+        self._kernel_deaths: list[float] = []
 
     def play(self, plan: Sequence[Event], until: float) -> None:
         """Raises Violation. Events that begin after `until` (time.monotonic) are left out."""
@@ -53,6 +55,8 @@ class Driver:
                 self.say(f"out of time: {len(plan) - event.index} events left out")
                 break
             time.sleep(event.pause)
+            if event.kills_kernel:
+                self._pace()
             begin = time.monotonic()
             outcome = getattr(self, f"_{event.kind}")(event) or "done"
             self._clear_faults()
@@ -268,6 +272,14 @@ class Driver:
         finally:
             over.set()
             thread.join()
+
+    def _pace(self) -> None:
+        """The keeper gives a kernel up that dies again and again."""
+        now = time.monotonic()
+        self._kernel_deaths = [then for then in self._kernel_deaths if then > now - RESPAWN_WINDOW]
+        if len(self._kernel_deaths) >= RESPAWNS - 1:
+            time.sleep(self._kernel_deaths[0] + RESPAWN_WINDOW - now)
+        self._kernel_deaths.append(time.monotonic())
 
     def _clear_faults(self) -> None:
         for file in self.world.faults.iterdir():

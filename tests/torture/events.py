@@ -69,6 +69,12 @@ class Event:
     seconds: float = 0.0
     client: int = 0
 
+    @property
+    def kills_kernel(self) -> bool:
+        return self.kind == "kill_kernel" or (
+            self.action == "kill" and (self.victim == "kernel" or self.point.startswith("kernel."))
+        )
+
     def __str__(self) -> str:
         words = [self.version, self.other and f"and {self.other}", self.point, self.action, self.victim]
         words.append(f"after {self.after:.3f} s" if self.after else "")
