@@ -113,8 +113,10 @@ class ServerChannel(_native.Endpoint):
         self._held = False
 
     def grow(self) -> None:
-        """A poll went well: take more next time."""
-        self._limit = min(_UNLIMITED, self._limit * 2)
+        """A poll went well: if something was taken here, take more next time."""
+        if self._taken:
+            self._limit = min(_UNLIMITED, self._limit * 2)
+            self._taken = 0
 
     @property
     def reduced(self) -> bool:
