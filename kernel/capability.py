@@ -11,10 +11,9 @@ it. The two are counted apart, so that nobody can use up another's quota by givi
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
 from collections.abc import Callable, Iterable
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import msgspec
 
@@ -79,7 +78,7 @@ class CapabilityTable:
         self._caps: dict[int, Capability] = {}
         self._children: dict[int, dict[int, None]] = {}
         self._expiries: list[tuple[float, int]] = []
-        self._generations = itertools.count(1)
+        self._last_generation = 0
         self._last_id = 0
 
     def __len__(self) -> int:
@@ -97,7 +96,7 @@ class CapabilityTable:
             raise UsageError(f"{owner} already has a table of capabilities")
         if not 1 <= quota <= MAX_HANDLES // 2:
             raise UsageError(f"a quota of {quota} handles is not within 1 to {MAX_HANDLES // 2}")
-        self._principals[owner] = Principal(owner, badge, pid, quota, self._generations)
+        self._principals[owner] = Principal(owner, badge, pid, quota, self._next_generation)
 
     def drop_owner(self, owner: str, reason: str = "its owner is gone") -> list[Capability]:
         """Revoke all that `owner` holds with everything derived from it, and forget `owner`."""
@@ -245,7 +244,36 @@ class CapabilityTable:
         principal = self._principals.get(owner)
         return [self._caps[cap_id].view() for cap_id in sorted(principal.ids())] if principal else []
 
+    # -- outliving the kernel -------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "id": self._last_id,
+            "generation": self._last_generation,
+            "owners": [principal.record() for principal in self._principals.values()],
+            "caps": [msgspec.to_builtins(cap) for cap in self._caps.values()],
+        }
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Into an empty table; its clock goes on, so that what expires does so on time."""
+        self._last_id, self._last_generation = record["id"], record["generation"]
+        for each in record["owners"]:
+            principal = Principal.restored(each, self._next_generation)
+            self._principals[principal.name] = principal
+        for each in record["caps"]:
+            cap = msgspec.convert(each, Capability)
+            self._caps[cap.id] = cap
+            self._principals[cap.owner].held[cap.given] += 1
+            if cap.parent is not None:
+                self._children.setdefault(cap.parent, {})[cap.id] = None
+            if cap.expires is not None:
+                heapq.heappush(self._expiries, (cap.expires, cap.id))
+
     # -- inside ---------------------------------------------------------------------------------------------
+
+    def _next_generation(self) -> int:
+        self._last_generation += 1
+        return self._last_generation
 
     def _principal(self, owner: str) -> Principal:
         principal = self._principals.get(owner)

@@ -62,6 +62,22 @@ class Desk:
         self._events.emit("principal.joined", name, badge=badge, label=label[:64])
         return principal
 
+    def readmit(self, record: dict[str, Any], send: Send, drop: Callable[[str], None]) -> Principal:
+        """One that an earlier kernel admitted, and whose table was restored."""
+        uid, gid, pid, module = record["identity"]
+        quota = self._policy.quota
+        bucket = TokenBucket(quota.requests_per_second, self._loop.time())
+        identity = Identity(uid, gid, pid, module)
+        principal = Principal(record["id"], record["badge"], identity, quota, bucket, send, drop)
+        principal.services = record["services"]
+        self.principals[principal.id] = principal
+        return principal
+
+    def forget(self, owner: str, reason: str) -> None:
+        """A principal of an earlier kernel that is not there any more: what it held goes."""
+        self._broker.revoked(self._table.drop_owner(owner, reason))
+        self._events.emit("principal.left", owner, reason=reason)
+
     def dismiss(self, principal: Principal, reason: str) -> None:
         """It is gone: everything that it held goes, with everything derived from that."""
         if self.principals.pop(principal.id, None) is None:

@@ -129,6 +129,14 @@ class Events:
         skip = max(0, seq + 1 - self._ring[0].seq)
         return list(islice(self._ring, skip, skip + limit))
 
+    def record(self) -> dict[str, Any]:
+        return {"seq": self._seq, "totals": dict(self.totals)}
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Numbers go on where the earlier kernel was: none is used twice, none is left out."""
+        self._seq += record["seq"]
+        self.totals.update(record["totals"])
+
     def close(self) -> None:
         self.listeners.clear()
         if self._file is not None:

@@ -6,8 +6,8 @@ kept after a revocation, or heard from another principal, names nothing instead 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 _BITS: Final = 16
 _MASK: Final = (1 << _BITS) - 1
@@ -28,14 +28,15 @@ class Principal:
     """One holder and its handles; `quota` is for the caller to keep."""
 
     def __init__(
-        self, name: str, badge: str, pid: int | None, quota: int, generations: Iterator[int]
+        self, name: str, badge: str, pid: int | None, quota: int, generation: Callable[[], int]
     ) -> None:
+        """`generation` gives a number that it never gave before."""
         self.name = name
         self.badge = badge
         self.pid = pid
         self.quota = quota
         self.held = {False: 0, True: 0}  # by Capability.given
-        self._generations = generations
+        self._generation = generation
         self._slots: list[_Slot] = []
         self._free: list[int] = []
 
@@ -46,7 +47,7 @@ class Principal:
             self._slots.append(_Slot())
         index = self._free.pop()
         slot = self._slots[index]
-        slot.generation = next(self._generations)
+        slot.generation = self._generation()
         slot.cap = cap
         self.held[given] += 1
         return slot.generation << _BITS | index
@@ -67,3 +68,21 @@ class Principal:
 
     def ids(self) -> list[int]:
         return [slot.cap for slot in self._slots if slot.cap is not None]
+
+    # -- outliving the kernel ---------------------------------------------------------------------------------
+
+    def record(self) -> list[Any]:
+        slots = [[slot.generation, slot.cap] for slot in self._slots]
+        return [self.name, self.badge, self.pid, self.quota, slots, list(self._free)]
+
+    @classmethod
+    def restored(cls, record: list[Any], generation: Callable[[], int]) -> Principal:
+        """The same handles name the same capabilities; the caller counts what is `held`."""
+        name, badge, pid, quota, slots, free = record
+        principal = cls(name, badge, pid, quota, generation)
+        for number, cap in slots:
+            slot = _Slot()
+            slot.generation, slot.cap = number, cap
+            principal._slots.append(slot)
+        principal._free = list(free)
+        return principal

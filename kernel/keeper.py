@@ -1,11 +1,12 @@
 """The keeper: a process that outlives the kernel and holds a duplicate of every descriptor that the kernel needs.
 
-As long as somebody holds them, nobody at the other ends notices that a kernel died: a new one connects to `keeper.sock`,
-takes everything by name, and goes on. Nobody comes within the grace: the keeper closes everything and exits, and the
-modules end. It imports next to nothing and decides nothing else, so that there is little in it that could fail.
+As long as somebody holds them, nobody at the other ends notices that a kernel died: a new one connects to
+`keeper.sock`, takes everything by name, and goes on. Nobody comes within the grace: the keeper closes
+everything and exits, and the modules end. It imports next to nothing and decides nothing else, so that there
+is little in it that could fail.
 
-One datagram is one order: a letter and a name. `P` put (with the descriptors), `R` remove, `T` take (answered by a `P`
-for each name, then `E`), `G` goodbye: nothing is to be kept, exit.
+One datagram is one order: a letter and a name. `P` put (with the descriptors), `R` remove, `T` take (answered
+by a `P` for each name, then `E`), `G` goodbye: nothing is to be kept, exit.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """One SEQPACKET connection on the event loop: a module's link, or an application's bootstrap connection.
 
+Nothing leaves before what it tells of is recorded: `send` queues, and the outbox lets go once per round of the loop.
 Nobody can make the kernel wait or grow: a wake-up reads a bounded burst (the rest waits for its turn after the
 others), and a peer that does not read its answers is dropped once a bounded backlog is full.
 """
@@ -17,6 +18,8 @@ import msgspec
 
 from snap.dataplane.errors import ProtocolError
 from snap.ipc import protocol, seqpacket
+
+from .record import Outbox
 
 BURST: Final = 16
 BACKLOG: Final = 256
@@ -36,12 +39,16 @@ class Connection:
         on_bad: Callable[[ProtocolError], None],
         on_closed: Callable[[str], None],
         backlog: int = BACKLOG,
+        outbox: Outbox | None = None,
     ) -> None:
         self._sock = sock
         self._on_message, self._on_bad, self._on_closed = on_message, on_bad, on_closed
         self._unsent: deque[tuple[bytes, list[int]]] = deque()
         self._loop = asyncio.get_running_loop()
         self._backlog = backlog
+        self._outbox = outbox or Outbox()
+        self._held = 0  # of the last in `_unsent`: not recorded yet
+        self._blocked = self._ended = False
         self.closed = False
         sock.setblocking(False)
         self._loop.add_reader(sock, self._readable)
@@ -51,12 +58,11 @@ class Connection:
         if self.closed:
             return
         data = protocol.encode(message)
-        if not self._unsent and self._try_send(data, fds):
-            return
-        if self.closed:
-            return
+        if len(self._unsent) >= self._backlog:
+            self._outbox.flush()  # a burst of our own is no fault of the peer's
         if len(self._unsent) >= self._backlog:
             self.close(f"it left {self._backlog} answers unread")
+        if self.closed:
             return
         try:
             kept = _duplicates(fds)
@@ -64,12 +70,17 @@ class Connection:
             self.close(f"no descriptors for its answers: {error.strerror}")
             return
         self._unsent.append((data, kept))
-        self._loop.add_writer(self._sock, self._writable)
+        self._held += 1
+        self._outbox.add(self._release)
 
     def close(self, reason: str) -> None:
+        if self._held and not self._ended:
+            self._ended = True  # the last words leave before the end does
+            self._outbox.flush()
+            self._release()
         if self.closed:
             return
-        self.closed = True
+        self.closed = self._ended = True
         self._loop.remove_reader(self._sock)
         self._loop.remove_writer(self._sock)
         self._sock.close()
@@ -94,14 +105,25 @@ class Connection:
             return False
         return True
 
+    def _release(self) -> None:
+        """What is queued by now is recorded."""
+        self._held = 0
+        if self._unsent and not self._blocked:
+            self._writable()
+
     def _writable(self) -> None:
-        while self._unsent:
+        while len(self._unsent) > self._held:
             data, fds = self._unsent[0]
             if not self._try_send(data, fds):
+                if not self.closed and not self._blocked:
+                    self._blocked = True
+                    self._loop.add_writer(self._sock, self._writable)
                 return
             self._unsent.popleft()
             seqpacket.close_all(fds)
-        self._loop.remove_writer(self._sock)
+        if self._blocked:
+            self._blocked = False
+            self._loop.remove_writer(self._sock)
 
     def _readable(self) -> None:
         for _ in range(BURST):

@@ -62,5 +62,13 @@ class Principal:
             )
         self.bytes += count
 
+    def record(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "badge": self.badge,
+            "identity": [self.identity.uid, self.identity.gid, self.identity.pid, self.identity.module],
+            "services": dict(self.services),
+        }
+
     def fail(self, seq: int, code: str, message: str, hint: str = "") -> None:
         self.send(Failure(seq=seq, code=code, message=message[:1000], hint=hint[:1000]), ())

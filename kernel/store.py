@@ -57,8 +57,8 @@ class NoStore:
 class KeeperStore:
     """A keeper process: the one that serves the runtime directory already, or a new one.
 
-    A keeper that dies, or takes nothing for `PATIENCE` seconds, is replaced, and the new one gets everything. Made inside
-    a running event loop. `report(kind, data)` is told of that.
+    A keeper that dies, or takes nothing for `PATIENCE` seconds, is replaced, and the new one gets everything.
+    Made inside a running event loop. `report(kind, data)` is told of that.
     """
 
     def __init__(
