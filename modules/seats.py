@@ -154,7 +154,8 @@ class Seat:
                 self._index,
                 table.budget,
                 _WAITS[table.wait],
-                **({} if migration is None else {"source": migration.source, "finish": migration.finish}),
+                None if migration is None else migration.source,
+                None if migration is None else migration.finish,
             )
         assert isinstance(self._code.engine, Engine)
         stats = _native.StatsPage(host.stats_fd, True)
