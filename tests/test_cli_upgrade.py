@@ -38,6 +38,7 @@ QUEUED = UpgradeView(
     from_path="/old/shaper",
     to_path="/new/shaper",
     started=1_700_000_000.0,
+    bake_seconds=30.0,
     engines=[ENGINE],
 )
 
@@ -62,7 +63,6 @@ COMMITTED = replace(
     outcome="committed",
     finished=1_700_000_031.5,
     brownout_seconds=1.25,
-    bake_seconds=30.0,
     client_gap_ns=310_000,
 )
 ROLLED_BACK = replace(COMMITTED, outcome="rolled_back", reason="it died: signal 11")
@@ -148,6 +148,15 @@ def test_a_rollback_asks_for_one(kernel: PlayedKernel) -> None:
     assert done.returncode == 0, done.stderr
     assert "rollback: 7 of shaper" in done.stdout
     assert asked(kernel, "module.rollback") == [{"name": "shaper", "wait": False}]
+
+
+def test_a_rollback_of_an_upgrade_that_bakes_ends_that_one_and_is_what_was_wanted(
+    kernel: PlayedKernel,
+) -> None:
+    kernel.answers |= {"module.rollback": BAKING, "upgrade.show": ROLLED_BACK}
+    done = snapctl("rollback", "shaper", "--runtime-dir", kernel.directory)
+    assert done.returncode == 0, done.stderr
+    assert "rolled back" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -504,7 +513,7 @@ def test_a_picture_of_every_phase_can_be_drawn() -> None:
     for view in (QUEUED, *STORY, ROLLED_BACK, ABORTED):
         console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
         with console.file:
-            console.print(picture(view, 10.0, 30.0))
+            console.print(picture(view, 10.0))
         text = console.export_text()
         assert "upgrade 7 of shaper" in text
         assert ("20 s left" in text) == (view.phase == "bake")

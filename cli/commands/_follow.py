@@ -49,12 +49,12 @@ def run(settings: Settings, order: Order, watch: bool, wait: bool) -> None:
         if settings.output != "table":
             show_report(settings.output, view)
         return
-    _to_the_end(settings, view, watch, order.arguments.get("bake"))
+    _to_the_end(settings, view, watch, order.op.rpartition(".")[2])
 
 
 def watch_on(settings: Settings, view: UpgradeView) -> None:
     """Follow one that runs, then report. Raises RolledBackError when the version before serves on."""
-    _to_the_end(settings, view, True, None)
+    _to_the_end(settings, view, True)
 
 
 def run_all(settings: Settings, orders: Sequence[Order], watch: bool) -> None:
@@ -64,7 +64,7 @@ def run_all(settings: Settings, orders: Sequence[Order], watch: bool) -> None:
     views: list[UpgradeView] = []
     try:
         for order in orders:
-            view = follow(settings, _begin(settings, order), watch, order.arguments.get("bake"))
+            view = follow(settings, _begin(settings, order), watch)
             views.append(view)
             if settings.output != "json":
                 show_report(settings.output, view)
@@ -83,16 +83,16 @@ def _begin(settings: Settings, order: Order) -> UpgradeView:
     return call(settings, order.op, UpgradeView, **arguments)
 
 
-def _to_the_end(settings: Settings, view: UpgradeView, watch: bool, bake: float | None) -> None:
-    view = follow(settings, view, watch, bake)
+def _to_the_end(settings: Settings, view: UpgradeView, watch: bool, wanted: str = "") -> None:
+    view = follow(settings, view, watch)
     show_report(settings.output, view)
-    _demand_success(view)
+    _demand_success(view, wanted)
 
 
-def _demand_success(view: UpgradeView) -> None:
+def _demand_success(view: UpgradeView, wanted: str = "") -> None:
     from snap.ipc import RolledBackError
 
-    if not succeeded(view):
+    if not succeeded(view, wanted):
         hint = f"{view.from_version} serves on; `snapctl module logs {view.module}` has what {view.to_version} wrote"
         raise RolledBackError(failure(view), hint if view.module else "")
 
@@ -101,14 +101,14 @@ def _again(view: UpgradeView) -> str:
     return f"snapctl upgrade show {view.id} --watch"
 
 
-def follow(settings: Settings, view: UpgradeView, watch: bool, bake: float | None) -> UpgradeView:
+def follow(settings: Settings, view: UpgradeView, watch: bool) -> UpgradeView:
     """Look until it is over. Raises DeadlineError when that takes longer than the operator's --timeout, click.Abort on
     Ctrl-C, UnreachableError when the kernel stays away; the upgrade goes on in any case."""
     from snap.ipc import DeadlineError
 
     end = None if settings.timeout is None else time.monotonic() + settings.timeout
     try:
-        with control(settings) as client, _display(watch, bake) as display:
+        with control(settings) as client, _display(watch) as display:
             while True:
                 display.show(view)
                 if view.outcome:
@@ -145,9 +145,9 @@ def _look(client: ControlClient, view: UpgradeView, end: float | None) -> Upgrad
             time.sleep(LOOK_EVERY)
 
 
-def _display(watch: bool, bake: float | None) -> AbstractContextManager[Display]:
+def _display(watch: bool) -> AbstractContextManager[Display]:
     if not watch:
         return nullcontext(_Blank())
     from ._progress import Lines, Screen
 
-    return Screen(bake) if sys.stderr.isatty() else nullcontext(Lines())
+    return Screen() if sys.stderr.isatty() else nullcontext(Lines())

@@ -73,13 +73,12 @@ def _count(engine: UpgradeEngineView) -> str:
 
 
 class Screen:
-    """For a terminal: drawn over itself on standard error, gone when it is over. `bake` in seconds, if known."""
+    """For a terminal: drawn over itself on standard error, gone when it is over."""
 
-    def __init__(self, bake: float | None) -> None:
+    def __init__(self) -> None:
         from rich.console import Console
         from rich.live import Live
 
-        self._bake = bake
         self._baking_since: float | None = None
         self._live = Live(console=Console(stderr=True), refresh_per_second=10, transient=True)
 
@@ -97,11 +96,11 @@ class Screen:
         elif self._baking_since is None:
             self._baking_since = now
         baked = 0.0 if self._baking_since is None else now - self._baking_since
-        self._live.update(picture(view, baked, self._bake))
+        self._live.update(picture(view, baked))
 
 
-def picture(view: UpgradeView, baked: float, bake: float | None) -> RenderableType:
-    """`baked` of `bake` seconds are over; None: nobody knows how many there are."""
+def picture(view: UpgradeView, baked: float) -> RenderableType:
+    """`baked`: how many seconds of the bake are over."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -124,8 +123,7 @@ def picture(view: UpgradeView, baked: float, bake: float | None) -> RenderableTy
             Text(f"  {plain(engine.name)}"), plain(engine.stage), bar, _count(engine), Text(moved, "green")
         )
     if view.phase == "bake":
-        left = f"{baked:.0f} s" if bake is None else f"{max(0.0, bake - baked):.0f} s left"
-        table.add_row(
-            "  bake", "", ProgressBar(total=bake, completed=min(baked, bake or 0), width=30), left, ""
-        )
+        whole = view.bake_seconds
+        bar = ProgressBar(total=whole, completed=min(baked, whole), width=30)
+        table.add_row("  bake", "", bar, f"{max(0.0, whole - baked):.0f} s left", "")
     return Group(head, table)

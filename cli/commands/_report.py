@@ -21,7 +21,10 @@ def outcome(view: UpgradeView) -> str:
     return view.outcome.replace("_", " ") or "running"
 
 
-def succeeded(view: UpgradeView) -> bool:
+def succeeded(view: UpgradeView, wanted: str = "") -> bool:
+    """A rollback (`wanted`) of an upgrade that is baking ends that one, and was to."""
+    if wanted == "rollback" and view.kind == "upgrade":
+        return view.outcome == "rolled_back"
     return view.outcome == "committed"
 
 
