@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -131,8 +132,10 @@ class Migration:
 
     def _acknowledged(self) -> bool:
         end = time.monotonic() + _ACKNOWLEDGED
+        owner = self.source.header["owner"]
         while not self.source.tracked():
-            if time.monotonic() > end:
+            # After a crash nobody is there to answer, and the clients wait.
+            if time.monotonic() > end or (owner and not Path(f"/proc/{owner}").exists()):
                 return False
             time.sleep(0.001)
         return True
