@@ -116,6 +116,13 @@ class Welcome(Message, frozen=True):
     version: int = PROTOCOL_VERSION
 
 
+class Adopted(Message, frozen=True):
+    """Unsolicited: another kernel process serves this connection from now on. What had no answer may have been lost
+    with the one before: ask again, with the same numbers, and expect that an answer comes twice."""
+
+    kernel_pid: int
+
+
 class Found(Message, frozen=True):
     handle: int
     rights: list[str]
@@ -525,7 +532,7 @@ FromModule = (
     | Broken
     | Failure
 )
-ToPrincipal = Welcome | Found | Opened | Ready | Caps | Done | Failure
+ToPrincipal = Welcome | Adopted | Found | Opened | Ready | Caps | Done | Failure
 ToModule = (
     Configure
     | Prepare

@@ -23,10 +23,12 @@ import msgspec
 from snap.dataplane.errors import DeadlineError, ProtocolError, ResourceError, SnapError, UnreachableError
 
 from . import seqpacket
-from .protocol import CloseChannel, Decoder, Failure, Message, Opened, ToPrincipal, encode
+from .protocol import Adopted, CloseChannel, Decoder, Failure, Message, Opened, ToPrincipal, encode
 
 _KERNEL_GONE: Final = "the kernel has gone; established channels go on"
 _HINT: Final = "connect again when `snapctl status` shows a kernel"
+_PATIENCE: Final = 1.0
+"""Seconds that a kernel may take nothing of what is told to it."""
 
 
 class Received(NamedTuple):
@@ -54,6 +56,8 @@ class Conversation:
         self._numbers = itertools.count(1)
         self._decoder: Decoder[Message] = Decoder(ToPrincipal)
         self._answers: dict[int, Received | None] = {}
+        self._asked: dict[int, bytes] = {}
+        self._repeated: dict[int, int] = {}
         self.ended: SnapError | None = None
 
     def ask(self, message: Message) -> tuple[int, bytes]:
@@ -61,33 +65,39 @@ class Conversation:
         self._check()
         number = next(self._numbers)
         data = encode(msgspec.structs.replace(message, seq=number))
-        self._answers[number] = None
+        self._answers[number], self._asked[number] = None, data
         return number, data
 
-    def feed(self, data: bytes, fds: list[int]) -> tuple[int, bytes]:
-        """Take in a datagram. Returns the number of the request that it answers (0: none that still waits), and what
-        to send back (empty: nothing). No data ends the conversation.
+    def feed(self, data: bytes, fds: list[int]) -> tuple[int, list[bytes]]:
+        """Take in a datagram. Returns the number of the request that it answers (0: none that still waits), and the
+        datagrams to send back. No data ends the conversation.
 
         Raises ProtocolError for what cannot be decoded.
         """
         if not data:
             self.end(UnreachableError(_KERNEL_GONE, _HINT))
-            return 0, b""
+            return 0, []
         try:
             received = Received(self._decoder.decode(data), fds)
         except ProtocolError:
             seqpacket.close_all(fds)
             raise
         number = received.message.seq
+        if isinstance(received.message, Adopted):
+            seqpacket.close_all(fds)
+            return 0, self._again()
+        if self._came_already(received):
+            seqpacket.close_all(fds)
+            return 0, []
         if number in self._answers:
             self._answers[number] = received
-            return number, b""
+            return number, []
         if number == 0 and isinstance(received.message, Failure):
             # The kernel says why it is about to hang up.
             self.end(received.message.error())
         return 0, _refusal(received)
 
-    def feed_lost(self, lost: seqpacket.LostDescriptorsError) -> tuple[int, bytes]:
+    def feed_lost(self, lost: seqpacket.LostDescriptorsError) -> tuple[int, list[bytes]]:
         """Take in a datagram whose descriptors are lost: its request fails, the others go on. Returns as `feed`."""
         message = self._decoder.decode(lost.data)
         failure = Failure(seq=message.seq, code=ResourceError.code, message=lost.message, hint=lost.hint)
@@ -100,20 +110,43 @@ class Conversation:
         if received is None:
             self._check()
             return None
-        self._answers.pop(number)
+        self._drop(number)
         if isinstance(received.message, Failure):
             seqpacket.close_all(received.fds)
             raise received.message.error()
         return received
 
-    def forget(self, number: int) -> bytes:
+    def forget(self, number: int) -> list[bytes]:
         """Nobody waits for request `number` any more. Returns what to send back, as `feed` does."""
-        received = self._answers.pop(number, None)
-        return b"" if received is None else _refusal(received)
+        received = self._drop(number)
+        return [] if received is None else _refusal(received)
 
     def end(self, error: SnapError) -> None:
         """No answer will come any more."""
         self.ended = self.ended or error
+
+    def _again(self) -> list[bytes]:
+        """Requests without an answer: who was to answer them may have died over them."""
+        waiting = {number: data for number, data in self._asked.items() if self._answers[number] is None}
+        for number in waiting:
+            self._repeated.setdefault(number, 0)
+        return list(waiting.values())
+
+    def _came_already(self, received: Received) -> bool:
+        """Whether this answers for the second time what was asked twice. Another channel than the first time is none
+        of that: it is there too, and has to be given back."""
+        message = received.message
+        if message.seq not in self._repeated:
+            return False
+        channel = message.channel if isinstance(message, Opened) else -1
+        before = self._repeated[message.seq]
+        if before == 0:
+            self._repeated[message.seq] = channel
+        return before == channel
+
+    def _drop(self, number: int) -> Received | None:
+        self._asked.pop(number, None)
+        return self._answers.pop(number, None)
 
     def _check(self) -> None:
         if self.ended is not None:
@@ -121,12 +154,12 @@ class Conversation:
             raise type(self.ended)(self.ended.message, self.ended.hint)
 
 
-def _refusal(received: Received) -> bytes:
+def _refusal(received: Received) -> list[bytes]:
     """Give back an answer that nobody waits for: its descriptors, and the channel if it is one."""
     seqpacket.close_all(received.fds)
     if isinstance(received.message, Opened):
-        return encode(CloseChannel(channel=received.message.channel))
-    return b""
+        return [encode(CloseChannel(channel=received.message.channel))]
+    return []
 
 
 class SocketRequester:
@@ -204,11 +237,11 @@ class SocketRequester:
         if readable:
             self._tell(_take(self._sock, self._conversation)[1])
 
-    def _tell(self, data: bytes) -> None:
-        """Best effort: a kernel that takes nothing now learns it when this client leaves."""
-        if data:
-            with contextlib.suppress(BlockingIOError, UnreachableError):
-                _send(self._sock, data)
+    def _tell(self, datagrams: list[bytes]) -> None:
+        """Best effort: a kernel that takes nothing for long learns it when this client leaves."""
+        with contextlib.suppress(UnreachableError):
+            for data in datagrams:
+                self._put(data, time.monotonic() + _PATIENCE)
 
 
 class AsyncRequester:
@@ -220,6 +253,7 @@ class AsyncRequester:
         self._conversation = Conversation()
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._turn = asyncio.Lock()
+        self._late: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(sock, self._read)
 
@@ -243,8 +277,8 @@ class AsyncRequester:
             self._tell(self._conversation.forget(number))
 
     def send(self, message: Message) -> None:
-        """Send what needs no answer, if the kernel takes it now."""
-        self._tell(encode(message))
+        """Send what needs no answer, as soon as the kernel takes it."""
+        self._tell([encode(message)])
 
     def close(self) -> None:
         """Leave: the kernel then revokes every channel of this connection. Idempotent."""
@@ -279,13 +313,27 @@ class AsyncRequester:
     def _end(self, error: SnapError) -> None:
         self._conversation.end(error)
         self._loop.remove_reader(self._sock)
+        for task in self._late:
+            task.cancel()
         for waiting in self._waiting.values():
             _resolve(waiting)
 
-    def _tell(self, data: bytes) -> None:
-        if data:
-            with contextlib.suppress(BlockingIOError, UnreachableError):
+    def _tell(self, datagrams: list[bytes]) -> None:
+        for index, data in enumerate(datagrams):
+            try:
                 _send(self._sock, data)
+            except BlockingIOError:
+                task = self._loop.create_task(self._put_all(datagrams[index:]))
+                self._late.add(task)
+                task.add_done_callback(self._late.discard)
+                return
+            except UnreachableError:
+                return
+
+    async def _put_all(self, datagrams: list[bytes]) -> None:
+        with contextlib.suppress(UnreachableError):
+            for data in datagrams:
+                await self._put(data)
 
 
 def _resolve(future: asyncio.Future[None]) -> None:
@@ -293,7 +341,7 @@ def _resolve(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-def _take(sock: socket.socket, conversation: Conversation) -> tuple[int, bytes]:
+def _take(sock: socket.socket, conversation: Conversation) -> tuple[int, list[bytes]]:
     """Feed one datagram, if there is one; a kernel that speaks nonsense ends the conversation."""
     try:
         try:
@@ -301,12 +349,12 @@ def _take(sock: socket.socket, conversation: Conversation) -> tuple[int, bytes]:
         except seqpacket.LostDescriptorsError as lost:
             return conversation.feed_lost(lost)
     except BlockingIOError:
-        return 0, b""
+        return 0, []
     except ConnectionError:
         return conversation.feed(b"", [])
     except ProtocolError as error:
         conversation.end(error)
-        return 0, b""
+        return 0, []
 
 
 def _send(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:

@@ -36,9 +36,9 @@ from snap.ipc import (
     protocol,
     seqpacket,
 )
-from snap.ipc.client import Client
+from snap.ipc.client import AsyncClient, Client
 from snap.ipc.control import ControlClient
-from snap.ipc.requester import AsyncRequester, SocketRequester
+from snap.ipc.requester import AsyncRequester, Conversation, SocketRequester
 from snap.ipc.segment import Segment
 
 LIMIT = 20.0
@@ -545,3 +545,88 @@ def test_a_request_that_is_too_large_is_refused_before_it_is_sent() -> None:
         with pytest.raises(ProtocolError, match="exceeds"):
             Client(SocketRequester(sock)).lookup("x" * 70_000)
         assert heard == []
+
+
+# -- after another kernel process took over -----------------------------------------------------------------
+
+ADOPTED = protocol.encode(protocol.Adopted(kernel_pid=1))
+
+
+def found(seq: int, handle: int = 5) -> bytes:
+    return protocol.encode(protocol.Found(seq=seq, handle=handle, rights=["send"], ready=True))
+
+
+def test_what_had_no_answer_is_asked_again_with_its_number_and_what_had_one_is_not() -> None:
+    conversation = Conversation()
+    (first, _), (second, data) = (conversation.ask(protocol.Lookup(service=name)) for name in ("a", "b"))
+    conversation.feed(found(first), [])
+    assert conversation.feed(ADOPTED, []) == (0, [data])
+    assert conversation.feed(ADOPTED, []) == (0, [data])
+    conversation.feed(found(second), [])
+    assert conversation.feed(ADOPTED, []) == (0, [])
+    assert [conversation.answer(number) is not None for number in (first, second)] == [True, True]
+    assert conversation.feed(ADOPTED, []) == (0, [])
+
+
+def test_an_answer_that_comes_twice_is_dropped_with_its_descriptors_and_its_channel_stays() -> None:
+    conversation = Conversation()
+    number, _ = conversation.ask(protocol.Open(handle=1))
+    conversation.feed(ADOPTED, [])
+    before = len(os.listdir("/proc/self/fd"))
+    assert conversation.feed(opened(number), descriptors(5)) == (number, [])
+    assert conversation.feed(opened(number), descriptors(5)) == (0, [])
+    received = conversation.answer(number)
+    assert received is not None
+    seqpacket.close_all(received.fds)
+    assert conversation.feed(opened(number), descriptors(5)) == (0, [])
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_another_channel_for_the_same_request_is_given_back() -> None:
+    conversation = Conversation()
+    number, _ = conversation.ask(protocol.Open(handle=1))
+    conversation.feed(ADOPTED, [])
+    assert conversation.feed(opened(number), []) == (number, [])
+    other = protocol.encode(
+        protocol.Opened(
+            seq=number,
+            channel=8,
+            generation=1,
+            slots=64,
+            up_bytes=1,
+            down_bytes=1,
+            rights=[],
+            backend="memfd",
+        )
+    )
+    conversation.answer(number)
+    back = protocol.Decoder[Any](protocol.FromPrincipal).decode(conversation.feed(other, [])[1][0])
+    assert back == protocol.CloseChannel(channel=8)
+
+
+def forgetful() -> Answer:
+    """Takes the first request and forgets it, as one who dies over it; another says that it is there now."""
+    asked: list[Any] = []
+
+    def answer(message: Any) -> tuple[bytes, list[int]]:
+        asked.append(message)
+        return (ADOPTED if len(asked) == 1 else found(message.seq)), []
+
+    return answer
+
+
+def test_a_thread_that_waits_over_a_take_over_gets_its_answer() -> None:
+    with odd_kernel(forgetful()) as (sock, heard):
+        assert Client(SocketRequester(sock)).lookup("echo", LIMIT).handle == 5
+    assert [message.seq for message in heard] == [1, 1]
+
+
+def test_a_coroutine_that_waits_over_a_take_over_gets_its_answer() -> None:
+    async def test() -> None:
+        with odd_kernel(forgetful()) as (sock, heard):
+            client = AsyncClient(AsyncRequester(sock))
+            assert (await client.alookup("echo", LIMIT)).handle == 5
+            client.close()
+        assert [message.seq for message in heard] == [1, 1]
+
+    run(test())
