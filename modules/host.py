@@ -195,6 +195,7 @@ class Host:
                 channels=channels,
             )
         )
+        self.link.repeat()
 
     def _check(self, seq: int) -> None:
         if self._checking is not None and self._checking.is_alive():

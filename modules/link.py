@@ -42,6 +42,8 @@ class Link:
         self._decoder: Decoder[Message] = Decoder(ToModule)
         self._numbers = itertools.count(1)
         self._waiting: dict[int, queue.SimpleQueue[Received | None]] = {}
+        self._asked: dict[int, Message] = {}
+        self._repeated: dict[int, int] = {}
         self._lock = threading.Lock()
         self._closed = False
 
@@ -97,20 +99,31 @@ class Link:
             if self._closed:
                 raise UnreachableError("the kernel has gone")
             self._waiting[number] = answers
+            asked = self._asked[number] = msgspec.structs.replace(message, seq=number)
         try:
-            self.send(msgspec.structs.replace(message, seq=number))
+            self.send(asked)
             received = self._await(answers, number, timeout)
         except queue.Empty:
             raise DeadlineError(f"no answer to {type(message).__name__} within {timeout} s") from None
         finally:
             with self._lock:
                 self._waiting.pop(number, None)
+                self._asked.pop(number, None)
         if received is None:
             raise UnreachableError("the kernel has gone")
         if isinstance(received.message, Failure):
             seqpacket.close_all(received.fds)
             raise received.message.error()
         return received
+
+    def repeat(self) -> None:
+        """Another kernel process is at the other end: what had no answer may have been lost with the one before."""
+        with self._lock:
+            waiting = [asked for number, asked in self._asked.items() if self._waiting[number].empty()]
+            for asked in waiting:
+                self._repeated.setdefault(asked.seq, 0)
+        for asked in waiting:
+            self.send(asked)
 
     def _await(
         self, answers: queue.SimpleQueue[Received | None], number: int, timeout: float
@@ -120,11 +133,15 @@ class Link:
         except queue.Empty:
             with self._lock:
                 self._waiting.pop(number, None)
+                self._asked.pop(number, None)
             # One that came in this very moment carries descriptors: it counts.
             return answers.get_nowait()
 
     def _hand_over(self, received: Received) -> None:
         with self._lock:
+            if self._came_already(received.message):
+                seqpacket.close_all(received.fds)
+                return
             answers = self._waiting.get(received.message.seq)
             if answers is not None:
                 answers.put(received)
@@ -133,6 +150,14 @@ class Link:
         seqpacket.close_all(received.fds)
         if isinstance(received.message, Opened):
             self.send(CloseChannel(channel=received.message.channel))
+
+    def _came_already(self, message: Message) -> bool:
+        """Whether this answers for the second time what was asked twice; another channel than before does not."""
+        before = self._repeated.get(message.seq)
+        channel = message.channel if isinstance(message, Opened) else -1
+        if before == 0:
+            self._repeated[message.seq] = channel
+        return before == channel
 
     def _close(self) -> None:
         with self._lock:
