@@ -30,7 +30,7 @@ from .migration import Migration, converter
 from .preparing import verify
 from .rigs import NS, RIGHTS, ChannelPair, FaultInjector, VirtualClock, channel_pair, memory
 from .schema import Schema, Slab, Table
-from .turns import Taking, Turns
+from .turns import Turns
 
 __all__ = [
     "RIGHTS",
@@ -163,10 +163,10 @@ class EngineHarness:
                 found[name] = one[:].tobytes()
         return found
 
-    def upgrade(self, engine: Engine | type[Engine]) -> Taking:
+    def upgrade(self, engine: Engine | type[Engine]) -> int:
         """Hand state and clients over to another engine, migrating when its schema is of another version: what
-        `snapctl upgrade` does. Raises SchemaError, StateDamagedError and what the engine raises; the old
-        engine has gone on then, as it would."""
+        `snapctl upgrade` does. Returns the words of state that were rolled back: none. Raises SchemaError,
+        StateDamagedError and what the engine raises; the old engine has gone on then, as it would."""
         successor = engine() if isinstance(engine, type) else engine
         successor.module, successor.name = self.engine.module, self.engine.name
         segment, migration = self._segment, None
@@ -188,24 +188,24 @@ class EngineHarness:
                 os.close(segment)
             raise
         self._turns.hand_over()
-        taking = self._take(successor, state, migration)
+        undone = self._take(successor, state, migration)
         if segment != self._segment:
             os.close(self._segment)
             self._segment = segment
-        return taking
+        return undone
 
-    def crash(self, engine: Engine | type[Engine] | None = None) -> Taking:
+    def crash(self, engine: Engine | type[Engine] | None = None) -> int:
         """Let the engine die at the end of its next poll, before anything of it is permanent, and have another
-        one (of the same class, unless given) take over."""
+        one (of the same class, unless given) take over. Returns the words of state that were rolled back."""
         with contextlib.suppress(ChannelError):
             self._turns.poll_uncommitted()
         return self.succeed(type(self.engine) if engine is None else engine)
 
-    def succeed(self, engine: Engine | type[Engine]) -> Taking:
+    def succeed(self, engine: Engine | type[Engine]) -> int:
         """Have another engine take over from one that died (raised in its poll, say)."""
         return self._take(engine() if isinstance(engine, type) else engine, State(self._segment))
 
-    def _take(self, engine: Engine, state: State, migration: Migration | None = None) -> Taking:
+    def _take(self, engine: Engine, state: State, migration: Migration | None = None) -> int:
         before = getattr(self, "_turns", None)
         engine.clock = self.clock
         turns = Turns(engine, state, self._budget)
@@ -274,12 +274,12 @@ class EngineHarness:
         assert payloads == loans == 0, f"{type(self.engine).__name__}, at rest, {kept}"
 
 
-def upgrade(harness: EngineHarness, engine: Engine | type[Engine]) -> Taking:
+def upgrade(harness: EngineHarness, engine: Engine | type[Engine]) -> int:
     """See `EngineHarness.upgrade`."""
     return harness.upgrade(engine)
 
 
-def crash(harness: EngineHarness, engine: Engine | type[Engine] | None = None) -> Taking:
+def crash(harness: EngineHarness, engine: Engine | type[Engine] | None = None) -> int:
     """See `EngineHarness.crash`."""
     return harness.crash(engine)
 

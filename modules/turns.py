@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final
 
 from snap.dataplane import _native
 from snap.dataplane.errors import ChannelError, FullError, SchemaError
@@ -22,13 +22,6 @@ from .tables import EngineState
 
 _RESUME: Final = 64
 """Turns after which a client that had left no room is looked at again, when others keep the engine busy."""
-
-
-class Taking(NamedTuple):
-    """How a take-over went."""
-
-    last_poll_ns: int
-    undone: int
 
 
 class Turns:
@@ -59,7 +52,10 @@ class Turns:
         self._allowed = budget
         self._reduced: set[ServerChannel] = set()
         self._turns = 0
-        engine.state = EngineState(state, engine.schema or Schema())
+        schema = engine.schema or Schema()
+        self._version = schema.version
+        self._attaches = type(engine).on_attach is not Engine.on_attach
+        engine.state = EngineState(state, schema)
 
     def attach(self, channel: ServerChannel) -> None:
         # Orders queue, though the mailbox has one slot: the host must never wait for an engine.
@@ -83,27 +79,29 @@ class Turns:
             self._orders.popleft()()
         return True
 
-    def take(self, generation: int, migration: Migration | None = None) -> Taking:
-        """The ownership was got: go on where the last commit of whoever had it left off.
+    def take(self, generation: int, migration: Migration | None = None) -> int:
+        """The ownership was got: go on where the last commit of whoever had it left off. Returns the words of an
+        unfinished poll that were rolled back.
 
         Raises StateError when the state cannot be taken over, and what the engine raises.
         """
-        if migration is not None:
-            source = migration.source
-            last = source.header["last_poll_ns"]
-            migration.finish()
-            self._restore(source, self.engine.snapshot)
-            undone = migration.undone + self._ledger.take(generation, source)
-        else:
-            last = self.state.header["last_poll_ns"]
+        if migration is None:
             undone = self._ledger.take(generation)
-            self._restore(self.state)
+            self._restore(self._version, self.state.saved())
+        else:
+            migration.finish()
+            source = migration.source
+            self._restore(source.header["version"], source.saved())
+            # What was saved is of the old version; who takes over from us must find one of ours.
+            self.state.save(self.engine.snapshot())
+            self.state.commit()
+            undone = migration.undone + self._ledger.take(generation, source)
         self.owned = True
         self.obey()
         self._announce()
         self._ledger.commit()
         faults.reach("module.took")
-        return Taking(last, undone)
+        return undone
 
     def hand_over(self) -> int:
         """The last commit before somebody else takes; when the last poll was, in ns."""
@@ -115,16 +113,11 @@ class Turns:
         self.owned = False
         return last
 
-    def _restore(self, source: _native.State, snapshot: Callable[[], bytes] | None = None) -> None:
-        saved = source.saved()
+    def _restore(self, version: int, saved: bytes) -> None:
         try:
-            self.engine.restore(source.header["version"], saved)
+            self.engine.restore(version, saved)
         except ValueError as error:
             raise SchemaError(f"the engine cannot restore its snapshot: {error}") from error
-        if snapshot is not None:
-            # The saved one is of the old version; who takes over from us must find one of ours.
-            self.state.save(snapshot())
-            self.state.commit()
 
     # -- a turn ---------------------------------------------------------------------------------------------
 
@@ -212,6 +205,7 @@ class Turns:
             channel.close()
         else:
             self._coming.append(channel)
+            self._joined(channel)
 
     def _announce(self) -> bool:
         """Tell the engine who left and who came, each permanently; True when there were any."""
@@ -223,9 +217,9 @@ class Turns:
         while self._coming:
             channel = self._coming.pop(0)
             self.engine.channels.append(channel)
-            self._joined(channel)
-            self.engine.on_attach(channel)
-            self._ledger.commit()
+            if self._attaches:
+                self.engine.on_attach(channel)
+                self._ledger.commit()
         return True
 
     def _detach(self, number: int) -> None:
@@ -233,6 +227,7 @@ class Turns:
             if channel.id == number:
                 self._coming.remove(channel)
                 self._ledger.leave(channel.line)
+                self._left(channel)
                 channel.close()
                 return
         for channel in self.engine.channels:

@@ -178,14 +178,15 @@ class PythonWorker:
         """Take over and poll for the first time; False when the state cannot be taken over."""
         try:
             migration, self._migration = self._migration, None
-            taking = self._turns.take(self._generation, migration)
+            undone = self._turns.take(self._generation, migration)
         except SnapError as error:
             self._release()
             self._tell("refused", 0, (error.code, str(error)))
             return False
         first = time.monotonic_ns()
         self._step(sleep=False)
-        self._tell("took", first, taking._asdict())
+        last = self._turns.state.header["last_poll_ns"]
+        self._tell("took", first, {"last_poll_ns": last, "undone": undone})
         return True
 
     def _let_go(self) -> None:

@@ -69,10 +69,10 @@ def test_a_crash_before_and_after_an_upgrade_counts_everything_once() -> None:
     with EngineHarness(first()) as harness:
         client = harness.attach().client
         client.send_many([b"apples 3", b"apples 5"])
-        assert crash(harness).undone > 0
+        assert crash(harness) > 0
         upgrade(harness, second)
         client.send(b"apples 1")
-        assert crash(harness).undone > 0
+        assert crash(harness) > 0
         harness.run()
         assert client.recv_many(8, timeout=0) == [b"apples 1 3 3", b"apples 2 8 4", b"apples 3 9 3"]
 
