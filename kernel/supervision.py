@@ -134,12 +134,9 @@ class Supervision:
         return self._live
 
     def loops(self, now: float) -> bool:
-        """Whether the last crashes make a crash loop, or one more would."""
-        return (
-            len(self._crashes) >= self.limits.crashes - 1
-            and now - self._crashes[-self.limits.crashes + 1] <= self.limits.window
-            and now - self._crashes[0] <= self.limits.window
-        )
+        """Whether one more crash makes a crash loop."""
+        recent = [when for when in self._crashes if now - when <= self.limits.window]
+        return len(recent) >= self.limits.crashes - 1
 
     # -- requests ---------------------------------------------------------------------------------------------
 
@@ -251,9 +248,7 @@ class Supervision:
             self.restarts += 1
             return self._start(now)
         if name == START_TIMER and self.state == STARTING and self._live:
-            reason = (
-                f"not serving {self.limits.start_timeout:g} s after its start (hung in import or on_start)"
-            )
+            reason = f"not serving {self.limits.start_timeout:g} s after its start (hung in import, on_start or its first poll)"
             self._error = self._error or reason
             return [Emit("module.start_timeout", {"reason": reason}), Kill()]
         if name == GRACE_TIMER and self._live:
@@ -297,7 +292,8 @@ class Supervision:
     def _crashed(self, now: float, cause: str, settled: bool) -> list[Action]:
         if self.policy == "never":
             return self._end(now, FAILED, f"{cause}; restart policy is never")
-        if len(self._crashes) == self.limits.crashes and self.loops(now):
+        full = len(self._crashes) == self.limits.crashes
+        if full and now - self._crashes[0] <= self.limits.window:
             loop = (
                 f"crash loop, {self.limits.crashes} exits within {self.limits.window:g} s; the last: {cause}"
             )

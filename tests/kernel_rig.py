@@ -210,3 +210,13 @@ def fake_host(base: Path, code: str) -> list[str]:
         "say(protocol.Started(pid=os.getpid()))\n" + code
     )
     return [sys.executable, str(script)]
+
+
+SERVES = (
+    "schema = protocol.StateSchema(name='fake', version=1, oldest=1)\n"
+    "say(protocol.Loaded(schemas={'main': schema}))\n"
+    "seqpacket.recv(link)\n"  # Prepare
+    "say(protocol.Took(engine='main', last_poll_ns=0, first_poll_ns=1))\n"
+    "say(protocol.Serving(engines=['main']))\n"
+)
+"""What a `fake_host` says when the one engine `main` of a module runs."""

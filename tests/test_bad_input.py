@@ -187,7 +187,7 @@ def test_descriptors_that_nobody_asked_for_are_closed(tmp_path: Path) -> None:
                 for _ in range(50):
                     await application.ask(protocol.ListCaps(seq=1), [0] * 10)
                 assert len(os.listdir("/proc/self/fd")) <= before
-                application.say(protocol.ListCaps(seq=1), [0] * 30)
+                application.say(protocol.ListCaps(seq=1), [0] * (protocol.MAX_FDS + 8))
                 assert (await application.hear()).code == "protocol"
             await rig.until(lambda: len(os.listdir("/proc/self/fd")) < before)
 

@@ -15,11 +15,10 @@ import pytest
 
 from snap.dataplane import _native
 from snap.dataplane.errors import DeniedError, NotFoundError, UsageError
-from snap.ipc import PeerGoneError, RevokedError, aconnect, protocol
-from tests.kernel_rig import Application, Rig, fake_host, run, running, write_module
+from snap.ipc import RevokedError, aconnect, protocol
+from tests.kernel_rig import SERVES, Application, Rig, fake_host, run, running, write_module
 
 FUTURE_WRITE = 0x10
-SERVES = "say(protocol.Serving(engines=['main']))\n"
 MUTE = SERVES + "link.recv(1000000)\nlink.recv(100000)"
 
 
@@ -151,7 +150,7 @@ def test_an_opener_that_never_maps_loses_the_channel(tmp_path: Path, monkeypatch
 
 
 def test_a_provider_that_dies_while_it_attaches_is_named_to_the_client(tmp_path: Path) -> None:
-    write_module(tmp_path / "modules", "mine")
+    write_module(tmp_path / "modules", "mine", more='[restart]\npolicy = "never"\n')
     code = SERVES + "link.recv(1000000)\nos._exit(3)"
 
     async def test() -> None:
@@ -445,8 +444,8 @@ def test_the_other_back_end_works_and_says_what_it_cannot_hold(tmp_path: Path) -
             (view,) = await rig.operate("channel.list")
             assert view["read_only"] == "up: advisory (same uid); down: advisory (same uid)"
             os.kill(rig.kernel.runner("mine").machine.pid or 0, signal.SIGKILL)
-            with pytest.raises(PeerGoneError):
-                await channel.arecv(timeout=10)
+            await channel.asend(b"y")
+            assert await channel.arecv(timeout=10) == b"y"
             channel.close()
 
     run(test())

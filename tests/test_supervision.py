@@ -146,11 +146,11 @@ def test_a_crashed_module_waits_for_what_it_requires_before_it_is_back() -> None
     assert (world.machine.state, world.machine.cause, world.process) == (STARTING, "waiting for a", False)
 
 
-def test_a_crash_fails_the_channels_and_is_restarted_after_a_pause() -> None:
+def test_a_crash_keeps_the_channels_and_is_restarted_after_a_pause() -> None:
     world = World()
     world.up()
     world.exit("killed by SIGKILL")
-    assert world.failed_channels == ["killed by SIGKILL"]
+    assert world.failed_channels == []
     assert (world.machine.state, world.machine.cause) == (BACKOFF, "killed by SIGKILL")
     world.pass_time(0.9)
     assert not world.process
@@ -193,15 +193,60 @@ def test_pauses_are_jittered_by_the_given_randomness() -> None:
     assert all(0.8 <= pause <= 1.2 for pause in pauses)
 
 
-def test_who_was_ready_for_long_starts_its_pauses_anew() -> None:
+def test_who_was_ready_for_long_starts_again_at_once_and_pauses_only_the_next_time() -> None:
     world = World()
     world.up()
     world.exit()
     world.pass_time(1)
     world.do("serving")
     world.pass_time(60)
+    world.exit("killed by SIGKILL")
+    assert (world.machine.state, world.process) == (STARTING, True)
+    assert "killed by SIGKILL" in world.machine.cause
     world.exit()
-    assert world.timers[BACKOFF_TIMER] - world.now == 1
+    assert world.timers[BACKOFF_TIMER] - world.now == 2
+
+
+def test_channels_end_when_nobody_will_serve_them_any_more() -> None:
+    for policy, end in (("always", "stop"), ("never", "exit")):
+        world = World(policy=policy)
+        world.up()
+        if end == "stop":
+            world.do("stop")
+        world.exit("killed by SIGKILL")
+        assert len(world.failed_channels) == 1
+        assert not world.process
+
+
+def test_a_standby_that_takes_over_is_the_process_to_supervise() -> None:
+    world = World()
+    world.up()
+    number = world.machine.next_generation()
+    world.do("failed_over", "killed by SIGKILL")
+    world.do("replaced", number, 4711, True)
+    machine = world.machine
+    assert (machine.state, machine.generation, machine.pid, machine.faults) == (READY, number, 4711, 1)
+    assert machine.next_generation() == number + 1
+
+
+def test_a_successor_that_has_not_taken_everything_is_waited_for_with_a_deadline() -> None:
+    world = World()
+    world.up()
+    world.do("replaced", world.machine.next_generation(), 4711, False)
+    assert world.machine.state == STARTING
+    world.pass_time(10)
+    assert "its first poll" in world.machine.cause
+
+
+def test_failing_over_again_and_again_is_a_crash_loop_too() -> None:
+    world = World(limits=Limits(crashes=3, window=30))
+    world.up()
+    for _ in range(2):
+        assert not world.machine.loops(world.now)
+        world.do("failed_over", "killed by SIGKILL")
+    assert world.machine.loops(world.now)
+    world.exit()
+    assert (world.machine.state, "crash loop" in world.machine.cause) == ("failed", True)
 
 
 def test_a_crash_loop_ends_in_failed_with_the_last_error() -> None:
