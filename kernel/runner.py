@@ -393,6 +393,9 @@ class Runner:
                     self.emit("standby.ready", {"pid": incarnation.pid})
             case protocol.Took(engine=engine):
                 self._took(incarnation, engine)
+                if self.follower is None:  # else it is of the upgrade
+                    what = {"engine": engine, "generation": incarnation.generation, "undone": message.undone}
+                    self.emit("engine.took", {**what, "first_poll_ns": message.first_poll_ns})
             case protocol.Yielded(engine=engine):
                 incarnation.running.discard(engine)
                 incarnation.prepared.add(engine)
