@@ -17,7 +17,7 @@ import msgspec
 
 from snap import ipc
 from snap.ipc.control import ControlClient
-from snap.ipc.protocol import KernelView, ModuleView, UpgradeView
+from snap.ipc.protocol import EventView, KernelView, ModuleView, UpgradeView
 
 MODULE: Final = "relay"
 # How long the stream is left alone before and after each event, and how long a new version is looked at.
@@ -156,17 +156,17 @@ class Script(threading.Thread):
     def _kill(self, control: ControlClient) -> Happened:
         before = _Ask(control).module()
         assert before.pid is not None, "it serves"
+        killed_ns = time.monotonic_ns()
         os.kill(before.pid, signal.SIGKILL)
         after = self._until(
             _Ask(control).module,
             lambda view: view.state == "ready" and view.pid not in (None, before.pid),
             "the killed module serves again",
         )
-        recovery = _Ask(control).recovery(after.generation)
         return Happened(
             "kill",
             f"pid {before.pid} → {after.pid}, generation {before.generation} → {after.generation}",
-            recovery,
+            _Ask(control).first_poll_ns(after.generation) - killed_ns,
         )
 
     def _kill_kernel(self, control: ControlClient) -> Happened:
@@ -211,13 +211,18 @@ class _Ask:
     def kernel(self) -> KernelView:
         return msgspec.convert(self.control.call("kernel.status"), KernelView)
 
-    def recovery(self, generation: int) -> int | None:
-        """How long no engine polled before `generation` took over; None when nobody measured it."""
-        history = msgspec.convert(self.control.call("upgrade.history", name=MODULE), list[UpgradeView])
-        for view in reversed(history):
-            if view.kind == "recovery" and view.to_generation == generation:
-                return max((engine.blackout_ns for engine in view.engines), default=-1)
-        return None
+    def first_poll_ns(self, generation: int) -> int:
+        """When the last of the relay's engines polled first in `generation`, by CLOCK_MONOTONIC."""
+        last, found = 0, []
+        while page := msgspec.convert(self.control.call("events.since", seq=last), list[EventView]):
+            last = page[-1].seq
+            found += [
+                event.data["first_poll_ns"]
+                for event in page
+                if (event.kind, event.subject) == ("engine.took", f"module:{MODULE}")
+                and event.data["generation"] == generation
+            ]
+        return max(found)
 
 
 def _runs(kernel: KernelView) -> dict[str, tuple[int | None, int]]:
