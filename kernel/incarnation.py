@@ -60,7 +60,7 @@ class Incarnation:
             write = self.log.open()
             try:
                 limit = self.found.manifest.resources.descriptors or DESCRIPTORS
-                self.process = Process(host, theirs.fileno(), write, limit, partial(on_exit, self))
+                self.process = Process.start(host, theirs.fileno(), write, limit, partial(on_exit, self))
             finally:
                 theirs.close()
                 seqpacket.close_all([write])

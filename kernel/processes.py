@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import os
 import resource
 import signal
+import struct
 import subprocess
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +24,14 @@ LINK_FD: Final = "SNAP_LINK_FD"
 TAIL_LINES: Final = 200
 _LINE: Final = 4096
 _READ: Final = 65536
+_LOOKS: Final = 20
+_EXIT_CODE: Final = 49  # of /proc/PID/stat, after the name: see proc_pid_stat(5)
+_LOOK_AGAIN: Final = 0.01
+# None of these is named by Python 3.11: linux/pidfd.h (struct pidfd_info: mask first, exit_code last), 6.9 and 6.15.
+_WHOLE_GROUP: Final = 1 << 2
+_PIDFD_INFO: Final = struct.Struct("=Q52xi")
+_PIDFD_INFO_EXIT: Final = 1 << 3
+_PIDFD_GET_INFO: Final = 3 << 30 | _PIDFD_INFO.size << 16 | 0xFF << 8 | 11
 _PASSED_ON: Final = (
     "PATH",
     "HOME",
@@ -105,18 +117,33 @@ class LogPipe:
 
 
 class Process:
-    """Leader of its own session: no signal of the kernel's terminal reaches it, and its helpers die with it."""
+    """Leader of its own session: no signal of the kernel's terminal reaches it, and its helpers die with it.
 
-    def __init__(
-        self, argv: Sequence[str], link: int, log: int, descriptors: int, on_exit: Callable[[str, bool], None]
-    ) -> None:
+    `pidfd` is what a later kernel adopts it by: it is then no child of that kernel.
+    """
+
+    def __init__(self, pid: int, pidfd: int, on_exit: Callable[[str, bool], None], child: bool) -> None:
+        self.pid, self.pidfd = pid, pidfd
+        self._on_exit, self._child = on_exit, child
+        self._looks = _LOOKS
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(pidfd, self._exited)
+
+    @classmethod
+    def start(
+        cls,
+        argv: Sequence[str],
+        link: int,
+        log: int,
+        descriptors: int,
+        on_exit: Callable[[str, bool], None],
+    ) -> Process:
         """Start `argv` with descriptor `link` inherited and output going to `log`. `on_exit(how, clean)` is called
         once, from the event loop. Raises ResourceError."""
         env = {key: os.environ[key] for key in _PASSED_ON if key in os.environ}
         env |= {LINK_FD: str(link), "PYTHONUNBUFFERED": "1"}
-        self._on_exit = on_exit
         try:
-            self._popen = subprocess.Popen(
+            popen = subprocess.Popen(
                 argv,
                 env=env,
                 pass_fds=(link,),
@@ -127,37 +154,94 @@ class Process:
             )
         except OSError as error:
             raise ResourceError(f"cannot start {argv[0]}: {error.strerror}") from error
-        self.pid = self._popen.pid
         try:
-            self._limit(descriptors)
-            self._pidfd = os.pidfd_open(self.pid)
+            _limit(popen.pid, descriptors)
+            pidfd = os.pidfd_open(popen.pid)
         except OSError as error:
-            self.kill()
-            self._popen.wait()
+            os.killpg(popen.pid, signal.SIGKILL)
+            popen.wait()
             raise ResourceError(f"cannot watch a new process: {error.strerror}") from error
-        asyncio.get_running_loop().add_reader(self._pidfd, self._exited)
+        popen.returncode = 0  # reaped by pidfd, here
+        return cls(popen.pid, pidfd, on_exit, child=True)
+
+    @classmethod
+    def adopt(cls, pid: int, pidfd: int, on_exit: Callable[[str, bool], None]) -> Process:
+        """Go on with a process that an earlier kernel started; `pidfd` is the process's now."""
+        return cls(pid, pidfd, on_exit, child=False)
 
     def kill(self) -> None:
-        """Kill the process and its group. Its pid is safe to use: only `_exited` reaps it."""
-        if self._popen.returncode is None:
-            os.killpg(self.pid, signal.SIGKILL)
-
-    def _limit(self, descriptors: int) -> None:
-        _, most = resource.prlimit(self.pid, resource.RLIMIT_NOFILE)
-        ceiling = descriptors if most == resource.RLIM_INFINITY else min(descriptors, most)
-        resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (ceiling, ceiling))
-        resource.prlimit(self.pid, resource.RLIMIT_CORE, (0, 0))
+        """Kill the process and its group."""
+        if self.pidfd < 0:
+            return
+        with suppress(ProcessLookupError):
+            try:
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL, None, _WHOLE_GROUP)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                # Before Linux 6.9. The pid is safe to use as long as the process has not been reaped.
+                signal.pidfd_send_signal(self.pidfd, 0)
+                os.killpg(self.pid, signal.SIGKILL)
 
     def _exited(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._pidfd)
-        self.kill()  # what it left running in its group; the group exists as long as the leader is not reaped
-        found = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
-        os.close(self._pidfd)
-        assert found is not None
-        if found.si_code == os.CLD_EXITED:
-            self._popen.returncode = found.si_status
-            how = f"exit status {found.si_status}"
+        self._loop.remove_reader(self.pidfd)
+        self.kill()  # what it left running in its group
+        if self._child:
+            found = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+            assert found is not None
+            code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
         else:
-            self._popen.returncode = -found.si_status
-            how = f"killed by {signal.Signals(found.si_status).name}"
-        self._on_exit(how, self._popen.returncode == 0)
+            known = _exit_code(self.pid, self.pidfd)
+            if known is None and self._looks:
+                # Between the two ways to be told.
+                self._looks -= 1
+                self._loop.call_later(_LOOK_AGAIN, self._exited)
+                return
+            if known is None:
+                self._end("exit status unknown", False)
+                return
+            code = known
+        how = f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+        self._end(how, code == 0)
+
+    def _end(self, how: str, clean: bool) -> None:
+        os.close(self.pidfd)
+        self.pidfd = -1
+        self._on_exit(how, clean)
+
+
+def _limit(pid: int, descriptors: int) -> None:
+    _, most = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    ceiling = descriptors if most == resource.RLIM_INFINITY else min(descriptors, most)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (ceiling, ceiling))
+    resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
+
+
+def _exit_code(pid: int, pidfd: int) -> int | None:
+    """How a process ended that is no child of ours, as Popen.returncode has it; None where the OS does not say."""
+    status = _status_of_zombie(pid, pidfd)
+    if status is None:
+        status = _status_of_reaped(pidfd)
+    return None if status is None else os.waitstatus_to_exitcode(status)
+
+
+def _status_of_zombie(pid: int, pidfd: int) -> int | None:
+    """Its parent has not looked yet."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        signal.pidfd_send_signal(pidfd, 0)  # the pid was still its own
+    except OSError:
+        return None
+    return int(fields[_EXIT_CODE]) if fields[0] == "Z" else None
+
+
+def _status_of_reaped(pidfd: int) -> int | None:
+    """Since Linux 6.15."""
+    info = bytearray(_PIDFD_INFO.size)
+    _PIDFD_INFO.pack_into(info, 0, _PIDFD_INFO_EXIT, 0)
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
+    except OSError:
+        return None
+    mask, status = _PIDFD_INFO.unpack(info)
+    return int(status) if mask & _PIDFD_INFO_EXIT else None
