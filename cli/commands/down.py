@@ -18,18 +18,27 @@ from ._base import Settings, call, control, say
 STOP_TIMEOUT: Final = 20.0
 KILL_TIMEOUT: Final = 5.0
 ASK_TIMEOUT: Final = 5.0
+KEEPER: Final = "keeper.sock"
 
 
 @click.command()
-@click.option("--force", is_flag=True, help="Kill a kernel that does not answer or does not end in time.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Kill a kernel that does not answer or does not end in time, and what would start it again.",
+)
 @click.pass_obj
 def down(settings: Settings, force: bool) -> None:
     """Stop the kernel and all modules, and wait until they are gone."""
-    from snap.ipc import DeadlineError
+    from snap.ipc import DeadlineError, UnreachableError
 
     seconds = settings.seconds(STOP_TIMEOUT)
     try:
         pid, pidfd = _ask(settings)
+    except UnreachableError:
+        if force and _kill_keeper(settings.directory()):
+            say("the keeper of a kernel that died was killed: its modules end by themselves when they notice")
+        raise
     except DeadlineError:
         if not force:
             raise
@@ -42,6 +51,7 @@ def down(settings: Settings, force: bool) -> None:
                     f"the kernel, pid {pid}, is still there after {seconds:g} s",
                     "`snapctl down --force` kills it",
                 )
+            _kill_keeper(settings.directory())  # before it starts the next one
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             if not _gone(pidfd, KILL_TIMEOUT):
                 raise DeadlineError(
@@ -93,10 +103,28 @@ def _holder(directory: Path) -> tuple[int, int]:
     from snap.ipc.paths import CONTROL
 
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(ASK_TIMEOUT)
-            probe.connect(str(directory / CONTROL))
-            pid, _, _ = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        return pid, os.pidfd_open(pid)
+        return _listener(directory / CONTROL, socket.SOCK_STREAM)
     except OSError as error:
         raise UnreachableError(f"no kernel listens on {directory}: {error.strerror or error}") from error
+
+
+def _kill_keeper(directory: Path) -> bool:
+    """End the process that would keep the modules alive and start the next kernel; False when there is none."""
+    try:
+        _, pidfd = _listener(directory / KEEPER, socket.SOCK_SEQPACKET)
+    except OSError:
+        return False
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        return _gone(pidfd, KILL_TIMEOUT)
+    finally:
+        os.close(pidfd)
+
+
+def _listener(path: Path, kind: socket.SocketKind) -> tuple[int, int]:
+    """The process that listens there, as the operating system names it, and a pidfd of it. Raises OSError."""
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        probe.settimeout(ASK_TIMEOUT)
+        probe.connect(str(path))
+        pid, _, _ = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, os.pidfd_open(pid)

@@ -213,7 +213,8 @@ class _Ask:
 
     def first_poll_ns(self, generation: int) -> int:
         """When the last of the relay's engines polled first in `generation`, by CLOCK_MONOTONIC."""
-        last, found = 0, []
+        last = 0
+        found: list[int] = []
         while page := msgspec.convert(self.control.call("events.since", seq=last), list[EventView]):
             last = page[-1].seq
             found += [
