@@ -33,10 +33,11 @@ fn seed() -> u64 {
 
 /// Random words, mostly where they matter: control lines, first slots, return rings; small numbers as often as wild ones.
 fn scribble(map: &Mapping, random: &mut Random, spare_state: bool) {
-    let offset = match random.below(4) {
+    let offset = match random.below(5) {
         0 => layout::OFF_DIRECTION[random.below(2)] + random.below(6) * 64,
         1 => layout::OFF_SLOTS_AREA + random.below(8) * 64 + random.below(4) * 8,
         2 => layout::returns_offset(SLOTS, random.below(2)) + random.below(8) * 8,
+        3 => layout::loans_offset(SLOTS) + random.below(2 * SLOTS as usize) * layout::RECORD + random.below(3) * 8,
         _ => random.below(map.len() / 8) * 8,
     };
     if spare_state && offset == layout::OFF_STATE {
@@ -185,6 +186,98 @@ fn an_engine_drops_scribbled_channels_and_serves_the_others() {
             .all(|(channel, error)| channel.id == 1 && !error.to_string().is_empty()));
         assert!(channels.iter_mut().any(|channel| channel.id == 2));
     }
+}
+
+#[test]
+fn whatever_a_client_wrote_a_successor_takes_over_or_faults_that_channel_alone() {
+    let mut random = Random::new(seed());
+    let mut echo = engine::make("echo").expect("shipped");
+    for _ in 0..150 {
+        let fd = state(Vec::new());
+        let (bad, good) = (Segments::new(SLOTS, POOL, POOL), Segments::new(SLOTS, POOL, POOL));
+        let (mut client, mut liar) = (good.client(), bad.client());
+        let (mut number, mut answered) = (0, 0);
+        for generation in 0..6 {
+            let mut channels = Channels::default();
+            for (id, segments) in [(1, &bad), (2, &good)] {
+                // One that is faulted is not offered again.
+                if let Ok(end) = segments.open(Role::Server, 3) {
+                    channels.attach(Channel::new(id, end.tx, end.rx, id as usize).expect("a line"));
+                }
+            }
+            let mut state = open_state(&fd);
+            ledger::take(&mut state, None, generation).expect("the state is nobody else's");
+            assert!(ledger::take_channels(&mut state, channels.served()).len() <= 1);
+            for turn in 0..4 {
+                let _ = liar.tx.put(number, &vec![1; random.below(3000)]);
+                liar.tx.publish();
+                client.tx.put(number, &vec![number as u8; 100 + 40 * number as usize]).expect("room");
+                client.tx.publish();
+                number += 1;
+                (0..random.below(12)).for_each(|_| scribble(&bad.map, &mut random, true));
+                echo.poll(&mut channels, &mut state, 64);
+                // The last poll dies before its commit.
+                if turn < 3 {
+                    ledger::commit(&mut state, channels.served());
+                }
+            }
+            while let Some((tag, body)) = take(&mut client.rx).expect("sound") {
+                assert_eq!((tag, body), (answered, vec![answered as u8; 100 + 40 * answered as usize]));
+                answered += 1;
+            }
+            assert!(channels.iter_mut().any(|channel| channel.id == 2), "the sound channel was dropped");
+        }
+        assert!(answered >= number - 1);
+    }
+}
+
+#[test]
+fn each_lie_to_a_successor_has_its_name() {
+    let (up, down) = (layout::OFF_DIRECTION[0], layout::OFF_DIRECTION[1]);
+    let (loan, claim) = (layout::loans_offset(SLOTS), layout::claims_offset(SLOTS));
+    let lies: [(&[(usize, u64)], Fault); 9] = [
+        (&[(up + layout::DIR_TAIL, 1 << 40)], Fault::Index),
+        (&[(down + layout::DIR_HEAD, 2)], Fault::Index),
+        // More than the pool, at no multiple of 64, nothing at all, over another one.
+        (&[(loan, 1 << 32 | 257)], Fault::Record),
+        (&[(loan + 8, 1)], Fault::Record),
+        (&[(loan + 8, u64::MAX - 63)], Fault::Record),
+        (&[(loan, 1 << 32)], Fault::Record),
+        (&[(loan + layout::RECORD, 1 << 32 | 2), (loan + layout::RECORD + 16, 1)], Fault::Record),
+        (&[(claim, 7), (claim + 8, 1), (claim + 16, 0)], Fault::Record),
+        (&[(claim, u64::MAX), (claim + 8, 1), (claim + 16, u64::MAX)], Fault::Record),
+    ];
+    for (words, expected) in lies {
+        let (fd, segments) = (state(Vec::new()), Segments::new(SLOTS, POOL, POOL));
+        let mut client = segments.client();
+        client.tx.put(0, &[1; 4000]).expect("room");
+        client.tx.publish();
+        let serve = |generation| {
+            let (mut state, mut channels, end) = (open_state(&fd), Channels::default(), segments.server());
+            channels.attach(Channel::new(1, end.tx, end.rx, 1).expect("a line"));
+            ledger::take(&mut state, None, generation).expect("sound");
+            let faults = ledger::take_channels(&mut state, channels.served());
+            engine::make("echo").expect("shipped").poll(&mut channels, &mut state, 64);
+            ledger::commit(&mut state, channels.served());
+            faults
+        };
+        assert!(serve(1).is_empty());
+        words.iter().for_each(|(offset, word)| segments.word(*offset, *word));
+        let faults = serve(2);
+        assert!(matches!(faults[..], [Error::Faulted(fault)] if fault == expected), "{expected:?}: {faults:?}");
+    }
+}
+
+#[test]
+fn a_token_that_no_sound_client_makes_is_a_fault_of_its_channel() {
+    let (fd, segments) = (state(Vec::new()), Segments::new(SLOTS, POOL, POOL));
+    let (mut client, end) = (segments.client(), segments.server());
+    client.tx.put(0, &[1; 4000]).expect("room");
+    client.tx.publish();
+    segments.word(layout::OFF_SLOTS_AREA + 24, u64::from(SLOTS));
+    let mut channel = [Channel::new(1, end.tx, end.rx, 1).expect("a line")];
+    assert!(ledger::take_channels(&mut open_state(&fd), &mut channel).is_empty());
+    assert!(matches!(take(&mut channel[0].rx), Err(Error::Faulted(Fault::Record))));
 }
 
 #[derive(Clone, Copy, Debug)]
