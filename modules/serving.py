@@ -112,11 +112,13 @@ class ServerChannel(_native.Endpoint):
         """There may be room again."""
         self._held = False
 
-    def grow(self) -> None:
-        """A poll went well: if something was taken here, take more next time."""
-        if self._taken:
-            self._limit = min(_UNLIMITED, self._limit * 2)
-            self._taken = 0
+    def grow(self) -> bool:
+        """A poll went well: if something was taken here, take more next time, and say so."""
+        if not self._taken:
+            return False
+        self._limit = min(_UNLIMITED, self._limit * 2)
+        self._taken = 0
+        return True
 
     @property
     def reduced(self) -> bool:

@@ -130,7 +130,7 @@ class EngineHarness:
                 total += done
                 in_vain, resumed = 0, False
             elif self._turns.resting and not resumed:
-                self._turns.resume()
+                self._turns.resume(at_once=True)
                 resumed = True
             else:
                 return total

@@ -6,6 +6,7 @@ finished is taken back as if it had never begun.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -20,8 +21,9 @@ from .schema import Schema
 from .serving import ServerChannel
 from .tables import EngineState
 
-_RESUME: Final = 64
-"""Turns after which a client that had left no room is looked at again, when others keep the engine busy."""
+_SHORTEST_PAUSE_NS: Final = 500_000
+_LONGEST_PAUSE_NS: Final = 16_000_000
+"""For so long a client that left no room is let be: each look in vain takes the others' poll back, too."""
 
 
 class Turns:
@@ -51,7 +53,7 @@ class Turns:
         self._going: list[ServerChannel] = []
         self._allowed = budget
         self._reduced: set[ServerChannel] = set()
-        self._turns = 0
+        self._pause_ns = self._resume_ns = 0
         schema = engine.schema or Schema()
         self._version = schema.version
         self._attaches = type(engine).on_attach is not Engine.on_attach
@@ -66,8 +68,8 @@ class Turns:
 
     @property
     def resting(self) -> bool:
-        """A client leaves no room: looking at it again waits for a moment of rest, or some turns."""
-        return bool(self._reduced)
+        """A client leaves no room: it is to be looked at again soon."""
+        return bool(self._reduced or self._coming)
 
     # -- ownership ------------------------------------------------------------------------------------------
 
@@ -129,9 +131,10 @@ class Turns:
         try:
             if self.obey() | self.engine._mailbox.run() | self._announce():
                 self._ledger.commit()
-            done = self.engine.poll(self._allowed)
-        except FullError:
-            return self._take_back()
+            try:
+                done = self.engine.poll(self._allowed)
+            except FullError:
+                return self._take_back()
         except ChannelError:
             self._ledger.abort()
             if not (self._sweep() | self._sweep_watched()):
@@ -152,10 +155,11 @@ class Turns:
         self._announce()
         self.engine.poll(self._allowed)
 
-    def resume(self) -> None:
-        """There may be room again at the clients that had left none."""
-        for channel in self._reduced:
-            channel.resume()
+    def resume(self, at_once: bool = False) -> None:
+        """Look again at the clients that had left no room, if it is time for that."""
+        if self._reduced and (at_once or time.monotonic_ns() >= self._resume_ns):
+            for channel in self._reduced:
+                channel.resume()
 
     def acknowledge(self) -> None:
         """At a boundary: see what others ask of the state."""
@@ -170,13 +174,12 @@ class Turns:
         if self._allowed < self.budget:
             self._allowed = min(self.budget, self._allowed * 2)
         if self._reduced:
-            self._turns += 1
-            if self._turns % _RESUME == 0:
-                self.resume()
             for channel in list(self._reduced):
-                channel.grow()
+                if channel.grow():
+                    self._pause_ns = 0
                 if not channel.reduced:
                     self._reduced.discard(channel)
+            self.resume()
         if (done == 0 or any(channel.drop_reason for channel in self.engine.channels)) and (
             self._sweep() | self._sweep_watched()
         ):
@@ -189,6 +192,8 @@ class Turns:
         held = {channel for channel in self.engine.channels if channel.hold()}
         self._reduced |= held
         if held:
+            self._pause_ns = min(max(self._pause_ns * 2, _SHORTEST_PAUSE_NS), _LONGEST_PAUSE_NS)
+            self._resume_ns = time.monotonic_ns() + self._pause_ns
             return self.budget
         self._allowed = max(1, self._allowed // 2)
         self.short_of_room = True
@@ -217,9 +222,29 @@ class Turns:
         while self._coming:
             channel = self._coming.pop(0)
             self.engine.channels.append(channel)
-            if self._attaches:
-                self.engine.on_attach(channel)
-                self._ledger.commit()
+            if self._attaches and not self._greet(channel):
+                break
+        return True
+
+    def _greet(self, channel: ServerChannel) -> bool:
+        """Run `on_attach`; False when that has to wait until the client leaves room."""
+        try:
+            self.engine.on_attach(channel)
+        except ChannelError as error:
+            self._ledger.abort()
+            self.engine.channels.remove(channel)
+            if isinstance(error, FullError):
+                self._coming.append(channel)
+                return False
+            verdict = channel.verdict()
+            if not verdict:
+                raise
+            self.faults.append((channel.id, verdict))
+            self._ledger.leave(channel.line)
+            self._left(channel)
+            channel.close()
+        else:
+            self._ledger.commit()
         return True
 
     def _detach(self, number: int) -> None:

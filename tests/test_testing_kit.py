@@ -232,6 +232,24 @@ def test_a_client_without_room_for_large_answers_holds_up_nobody_and_loses_nothi
         assert got == [message for message in sent for _ in range(3)] and harness.dropped == {}
 
 
+def test_a_greeting_waits_for_room_and_then_comes_once() -> None:
+    class Greeting(Large):
+        def on_attach(self, channel: ServerChannel) -> None:
+            channel.answer([b"hello" + bytes(3000)])
+
+    with EngineHarness(Greeting()) as harness:
+        pair = harness.attach(down_bytes=4096)
+        harness.turn()
+        upgrade(harness, Greeting)
+        harness.turn()
+        assert harness.engine.channels == []
+        assert pair.client.recv(timeout=0)[:5] == b"hello"
+        harness.turn()
+        assert pair.client.recv(timeout=0)[:5] == b"hello"
+        harness.run()
+        assert pair.client.try_recv() is None and len(harness.engine.channels) == 1
+
+
 class First(Engine):
     """Counts messages by content, remembers the last ones, and greets who attaches."""
 
