@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -160,3 +162,17 @@ def test_it_is_upgraded_and_rolled_back_under_customers_and_no_total_is_ever_wro
                 one.wait_for(1)
         assert [one.wrong for one in found] == [None, None]
         assert all(one.count > 0 for one in found)
+
+
+def test_it_is_killed_under_customers_and_no_total_is_ever_wrong(kernel: Callable[..., Any]) -> None:
+    running = kernel(modules=FIRST.parent)
+    with running.control(60.0) as control:
+        control.call("module.start", name="tally", wait=True)
+        with customers(running, 2) as found:
+            for _ in range(3):
+                for one in found:
+                    one.wait_for(1)
+                os.kill(control.call("module.show", name="tally")["pid"], signal.SIGKILL)
+            for one in found:
+                one.wait_for(1)
+        assert [one.wrong for one in found] == [None, None]
