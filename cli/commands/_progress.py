@@ -55,7 +55,7 @@ def news(before: UpgradeView | None, now: UpgradeView) -> list[str]:
 
 def _mark(engine: UpgradeEngineView) -> tuple[str | int, ...]:
     """What of an engine's progress is worth a line."""
-    if engine.stage == "waiting" or engine.stage in _MOVED or not engine.total:
+    if engine.stage == "waiting" or engine.stage in _MOVED or engine.total <= 1:
         return (engine.stage,)
     return (engine.stage, engine.rounds, engine.done * _TENTHS // engine.total)
 
@@ -68,7 +68,7 @@ def _stage(engine: UpgradeEngineView) -> str:
 
 
 def _count(engine: UpgradeEngineView) -> str:
-    count = f"{engine.done}/{engine.total}" if engine.total else ""
+    count = f"{engine.done}/{engine.total}" if engine.total > 1 else ""
     return f"{count} round {engine.rounds}" if engine.rounds > 1 else count
 
 

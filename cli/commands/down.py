@@ -51,7 +51,9 @@ def down(settings: Settings, force: bool) -> None:
                     f"the kernel, pid {pid}, is still there after {seconds:g} s",
                     "`snapctl down --force` kills it",
                 )
-            _kill_keeper(settings.directory())  # before it starts the next one
+            # The keeper would start the next kernel, and this one another keeper.
+            signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
+            _kill_keeper(settings.directory())
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             if not _gone(pidfd, KILL_TIMEOUT):
                 raise DeadlineError(
