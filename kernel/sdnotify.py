@@ -1,4 +1,4 @@
-"""The kernel's side of systemd: readiness, watchdog and activated sockets.
+"""The kernel's side of systemd: readiness, watchdog, and descriptors either way.
 
 Without systemd every call does nothing.
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
 from snap.dataplane.errors import ResourceError
@@ -18,8 +19,8 @@ _FIRST_FD = 3
 _UNIT_HINT = "the socket unit needs ListenSequentialPacket= and its own FileDescriptorName="
 
 
-def notify(*states: str) -> bool:
-    """Send assignments such as ``READY=1`` or ``WATCHDOG=1``, all in one datagram.
+def notify(*states: str, fds: Sequence[int] = ()) -> bool:
+    """Send assignments such as ``READY=1`` or ``WATCHDOG=1``, all in one datagram, with descriptors.
 
     Returns False when nobody supervises this process. Raises ResourceError when NOTIFY_SOCKET
     is set but cannot be written to.
@@ -35,7 +36,7 @@ def notify(*states: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         try:
             sock.connect(target)
-            sock.sendall("\n".join(states).encode())
+            socket.send_fds(sock, ["\n".join(states).encode()], fds)
         except OSError as error:
             raise ResourceError(
                 f"cannot notify the service manager on {address}: {error.strerror}",
@@ -53,23 +54,41 @@ def watchdog_interval() -> float | None:
     return int(microseconds) / 2e6
 
 
-def activated_sockets() -> dict[str, socket.socket]:
-    """The listening SEQPACKET sockets that a service manager opened for this process, by FileDescriptorName.
+def passed() -> list[tuple[str, int]]:
+    """The descriptors that a service manager gave this process, each with its FileDescriptorName or FDNAME.
 
     They become close-on-exec, and the variables are removed: no child may take them for its own. Raises
-    ResourceError when a descriptor is anything else: the unit is wrong, and the kernel must not start.
+    ResourceError when one is not there.
     """
     pid, count, names = (os.environ.pop(f"LISTEN_{key}", "") for key in ("PID", "FDS", "FDNAMES"))
-    if pid != str(os.getpid()) or not count.isdecimal():
-        return {}
+    if pid != str(os.getpid()) or not count.isdecimal() or not int(count):
+        return []
+    found = []
+    for index, name in enumerate((names or "unknown").split(":")[: int(count)]):
+        fd = _FIRST_FD + index
+        try:
+            os.set_inheritable(fd, False)
+        except OSError as error:
+            raise ResourceError(
+                f"activated descriptor {fd} ({name!r}): {error.strerror}", _UNIT_HINT
+            ) from error
+        found.append((name, fd))
+    if len(found) != int(count):
+        raise ResourceError(f"LISTEN_FDS={count}, but LISTEN_FDNAMES has {len(found)} names", _UNIT_HINT)
+    return found
+
+
+def activated_sockets(descriptors: Iterable[tuple[str, int]] | None = None) -> dict[str, socket.socket]:
+    """The listening SEQPACKET sockets among `descriptors` (default: `passed()`), by name.
+
+    Raises ResourceError when a descriptor is anything else: the unit is wrong, and the kernel must not start.
+    """
     found: dict[str, socket.socket] = {}
     with ExitStack() as undo:
-        for index, name in enumerate((names or "unknown").split(":")[: int(count)]):
+        for name, fd in passed() if descriptors is None else descriptors:
             if name in found:
                 raise ResourceError(f"two activated sockets are named {name!r}", _UNIT_HINT)
-            found[name] = undo.enter_context(_adopt(_FIRST_FD + index, name))
-        if len(found) != int(count):
-            raise ResourceError(f"LISTEN_FDS={count}, but LISTEN_FDNAMES has {len(found)} names", _UNIT_HINT)
+            found[name] = undo.enter_context(_adopt(fd, name))
         undo.pop_all()
     return found
 
@@ -86,5 +105,4 @@ def _adopt(fd: int, name: str) -> socket.socket:
             f"activated socket {name!r} (descriptor {fd}) is not a listening SEQPACKET Unix socket",
             _UNIT_HINT,
         )
-    sock.set_inheritable(False)
     return sock

@@ -18,10 +18,18 @@ import pytest
 
 from snap.dataplane.errors import ResourceError
 from snap.ipc import paths
-from snap.kernel import sdnotify
+from snap.kernel import sdnotify, sdstore
 
 UNITS = Path(__file__).resolve().parent.parent / "systemd"
-VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+VARIABLES = (
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+    "WATCHDOG_PID",
+    "LISTEN_PID",
+    "LISTEN_FDS",
+    "LISTEN_FDNAMES",
+    "FDSTORE",
+)
 
 REPORT = """
 import os, sys
@@ -101,8 +109,8 @@ def test_units_pass_systemd_analyze_verify_once_the_daemon_is_installed(tmp_path
     if not shutil.which("systemd-analyze"):
         pytest.skip("systemd-analyze is not installed")
     for unit in UNITS.iterdir():
-        # verify insists that ExecStart exists; a development tree has it elsewhere.
-        text = unit.read_text().replace("/usr/bin/snap-kernel", sys.executable)
+        # verify insists that programs exist; a development tree has it elsewhere.
+        text = re.sub("/usr/bin/snap(-kernel|ctl)", sys.executable, unit.read_text())
         (tmp_path / unit.name).write_text(text)
     names = sorted(unit.name for unit in UNITS.iterdir())
     assert names == ["snap-kernel.service", "snap-kernel.socket"]
@@ -251,3 +259,115 @@ def test_kernel_reports_ready_serves_the_activated_socket_and_stops_on_sigterm(
         finally:
             child.kill()
             child.wait()
+
+
+# -- the descriptor store ---------------------------------------------------------------------------------------
+
+
+class Manager:
+    """Plays the descriptor store of a service manager: real datagrams, real descriptors."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.stored: list[tuple[str, int]] = []
+        self.said: list[str] = []
+
+    def hear(self) -> None:
+        """Take in what was said by now."""
+        while select.select([self.sock], [], [], 0)[0]:
+            data, fds, _, _ = socket.recv_fds(self.sock, 4096, 8)
+            lines = data.decode().splitlines()
+            said = dict(line.split("=", 1) for line in lines)
+            self.said += lines
+            if "FDSTORE" in said:
+                assert said["FDPOLL"] == "0" and len(said["FDNAME"]) <= 255
+                assert not set(said["FDNAME"]) & {":", "\n"} and said["FDNAME"].isascii()
+                # systemd puts the newest first.
+                self.stored[:0] = [(said["FDNAME"], fd) for fd in fds]
+            elif "FDSTOREREMOVE" in said:
+                assert not fds
+                for name, fd in self.stored:
+                    if name == said["FDNAME"]:
+                        os.close(fd)
+                self.stored = [(name, fd) for name, fd in self.stored if name != said["FDNAME"]]
+
+    def close(self) -> None:
+        for _, fd in self.stored:
+            os.close(fd)
+        self.stored.clear()
+
+
+@pytest.fixture
+def keeping(manager: socket.socket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
+    monkeypatch.setenv("FDSTORE", "100")
+    keeping = Manager(manager)
+    yield keeping
+    keeping.close()
+    manager.close()
+
+
+NAMES = ["kernel", "state.a-b.main.12", "keep.m.any: name/\u00fc~1~2\n%41", "channel.18446744073709551615"]
+
+
+def test_what_is_stored_comes_back_in_order_under_any_name(keeping: Manager) -> None:
+    assert sdstore.wanted()
+    store = sdstore.SystemdStore({})
+    pipes = {name: os.pipe() for name in NAMES}
+    for name, fds in pipes.items():
+        store.put(name, fds)
+    keeping.hear()
+    found, rest = sdstore.split([("bootstrap", -1), *((name, os.dup(fd)) for name, fd in keeping.stored)])
+    assert rest == [("bootstrap", -1)]
+    assert sorted(found) == sorted(NAMES)
+    for name, (read, write) in pipes.items():
+        os.write(found[name][1], name.encode())
+        assert os.read(read, 100) == name.encode()
+        os.close(read)
+        os.close(write)
+    after = sdstore.SystemdStore(found)
+    assert after.take() == found and after.take() == {}
+    after.remove("kernel")
+    after.put(NAMES[1], [found[NAMES[1]][0]])
+    keeping.hear()
+    assert {name.partition("~")[0] for name, _ in keeping.stored}.isdisjoint({"kernel"})
+    again, _ = sdstore.split([(name, os.dup(fd)) for name, fd in keeping.stored])
+    assert {name: len(fds) for name, fds in again.items()} == {NAMES[1]: 1, NAMES[2]: 2, NAMES[3]: 2}
+    for fds in (*found.values(), *again.values()):
+        for fd in fds:
+            os.close(fd)
+    after.close()
+    keeping.hear()
+    assert keeping.stored == []
+
+
+def test_what_was_stored_by_half_is_closed_and_left_out(keeping: Manager) -> None:
+    store = sdstore.SystemdStore({})
+    read, write = os.pipe()
+    store.put("whole", [read])
+    store.put("torn", [read, write])
+    keeping.hear()
+    passed = [(name, os.dup(fd)) for name, fd in keeping.stored if name != "torn~0~2"]
+    found, _ = sdstore.split(passed)
+    assert list(found) == ["whole"]
+    torn = next(fd for name, fd in passed if name == "torn~1~2")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(torn)
+    for fd in (read, write, *found["whole"]):
+        os.close(fd)
+
+
+def test_a_store_that_is_full_is_reported_once(keeping: Manager, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FDSTORE", "2")
+    said: list[tuple[str, object]] = []
+    store = sdstore.SystemdStore({}, lambda kind, data: said.append((kind, data["error"])))
+    read, write = os.pipe()
+    for name in ("a", "b", "c"):
+        store.put(name, [read, write])
+    assert said == [("store.exhausted", "more than 2 descriptors: raise FileDescriptorStoreMax=")]
+    os.close(read)
+    os.close(write)
+
+
+def test_a_manager_that_keeps_nothing_is_not_asked_to(manager: socket.socket) -> None:
+    assert not sdstore.wanted()
+    manager.close()
