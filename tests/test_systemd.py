@@ -105,12 +105,19 @@ def report(sockets: list[socket.socket], names: str, count: int | None = None) -
     return child.returncode, out, err
 
 
+def systemd_version() -> int:
+    told = subprocess.run(["systemd-analyze", "--version"], capture_output=True, text=True, timeout=60)
+    return int(told.stdout.split()[1])
+
+
 def test_units_pass_systemd_analyze_verify_once_the_daemon_is_installed(tmp_path: Path) -> None:
     if not shutil.which("systemd-analyze"):
         pytest.skip("systemd-analyze is not installed")
     for unit in UNITS.iterdir():
         # verify insists that programs exist; a development tree has it elsewhere.
         text = re.sub("/usr/bin/snap(-kernel|ctl)", sys.executable, unit.read_text())
+        if systemd_version() < 254:  # it does by itself what newer ones have to be told
+            text = text.replace("FileDescriptorStorePreserve=restart\n", "")
         (tmp_path / unit.name).write_text(text)
     names = sorted(unit.name for unit in UNITS.iterdir())
     assert names == ["snap-kernel.service", "snap-kernel.socket"]
