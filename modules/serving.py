@@ -60,7 +60,7 @@ class ServerChannel(_native.Endpoint):
         """
         count = 0 if self._held else min(limit, self._limit, self.room())
         self.stalled = count == 0 and limit > 0
-        if self.stalled:
+        if count <= 0:
             return []
         messages = self.recv_many(count, timeout=0)
         self._taken = len(messages)

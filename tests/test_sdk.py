@@ -290,6 +290,28 @@ def working(engine: Engine) -> Iterator[PythonWorker]:
         worker.stop(LIMIT)
 
 
+def test_a_client_without_room_for_large_answers_holds_up_nobody_and_gets_them_all() -> None:
+    class Large(PyEcho):
+        def poll(self, budget: int) -> int:
+            done = 0
+            for channel in self.channels:
+                messages = channel.take(budget)
+                channel.answer([message + bytes(20_000) for message in messages])
+                done += len(messages)
+            return done
+
+    small = {"down_bytes": 1 << 17}
+    with working(Large()) as worker, ChannelPair(id=1, **small) as slow, ChannelPair(id=2, **small) as quick:
+        for pair in (slow, quick):
+            worker.attach(pair.server.id, pair.server, pair.server.id)
+        sent = [b"%03d" % number for number in range(100)]
+        slow.client.send_many(sent, timeout=LIMIT)
+        for number in range(300):
+            quick.client.send(b"%03d" % number, timeout=LIMIT)
+            assert quick.client.recv(timeout=LIMIT)[:3] == b"%03d" % number
+        assert [answer[:3] for answer in receive(slow, 100)] == sent
+
+
 def test_an_engine_sees_who_attaches_and_who_leaves() -> None:
     engine = Recorder()
     with ChannelPair(badge="uid:7/pid:8", rights=["send"], service="s") as pair, working(engine) as worker:

@@ -232,6 +232,31 @@ def test_a_client_without_room_for_large_answers_holds_up_nobody_and_loses_nothi
         assert got == [message for message in sent for _ in range(3)] and harness.dropped == {}
 
 
+def test_an_engine_that_answers_somebody_else_waits_for_room_there_and_loses_nothing() -> None:
+    class Crossing(Engine):
+        def poll(self, budget: int) -> int:
+            if len(self.channels) < 2:
+                return 0
+            done = 0
+            for source, sink in (self.channels, reversed(self.channels)):
+                messages = source.take(budget)
+                sink.answer(messages)
+                done += len(messages)
+            return done
+
+    with EngineHarness(Crossing()) as harness:
+        left, right = harness.attach(slots=64), harness.attach(slots=64)
+        sent = [b"%d" % number for number in range(400)]
+        waiting, there, back = list(sent), [], []
+        while len(there) < len(sent):
+            del waiting[: left.client.send_many(waiting, timeout=0)]
+            harness.run()
+            there += right.client.recv_many(5, timeout=0)
+            right.client.send_many([b"back"], timeout=0)
+            back += left.client.recv_many(99, timeout=0)
+        assert there == sent and set(back) == {b"back"}
+
+
 def test_a_greeting_waits_for_room_and_then_comes_once() -> None:
     class Greeting(Large):
         def on_attach(self, channel: ServerChannel) -> None:
