@@ -218,9 +218,9 @@ impl Core {
         match State::from_word(word) {
             Some(State::Gone) => Err(Error::Gone),
             Some(State::Revoked) => Err(Error::Revoked),
-            Some(State::Lost) => Err(Error::Lost),
             // The client can write the state word as well: no other state is believed behind a shut gate.
             _ if !gate_open => Err(Error::Revoked),
+            Some(State::Lost) => Err(Error::Lost),
             Some(State::Moved) => Err(Error::Moved),
             Some(State::Faulted) => Err(Error::Faulted(Fault::from_number((word >> 8) as u8))),
             Some(State::Open | State::Paused) => Ok(()),
