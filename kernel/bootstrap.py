@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +20,8 @@ from .events import Events
 from .link import Connection
 from .policy import Identity
 from .principals import Principal
+from .record import Outbox
+from .store import Store
 
 BACKLOG: Final = 128
 ACCEPTS: Final = 16
@@ -45,15 +48,32 @@ class Application:
     """One connection: says Hello, then makes requests; anything else ends it."""
 
     def __init__(self, server: Bootstrap, sock: socket.socket, identity: Identity, number: int) -> None:
-        self.identity = identity
-        self._server, self._number = server, number
+        self.identity, self.number = identity, number
+        self._server = server
+        self._heard: set[int] | None = None
         self._principal: Principal | None = None
-        self._connection = Connection(sock, self._on_message, self._on_bad, self._on_closed)
+        server.store.put(f"app.{number}", [sock.fileno()])
+        self._connection = Connection(
+            sock, self._on_message, self._on_bad, self._on_closed, outbox=server.outbox
+        )
         loop = asyncio.get_running_loop()
         self._deadline = loop.call_later(HELLO_DEADLINE, self.close, "it did not say Hello in time")
 
     def close(self, reason: str) -> None:
         self._connection.close(reason)
+
+    def record(self) -> list[Any]:
+        who = self.identity
+        owner = None if self._principal is None else self._principal.id
+        return [self.number, who.uid, who.gid, who.pid, owner]
+
+    def adopt(self, principal: dict[str, Any] | None) -> None:
+        """Its connection was an earlier kernel's, which knew it as `principal` (None: it had not said Hello)."""
+        if principal is not None:
+            self._deadline.cancel()
+            self._principal = self._server.desk.readmit(principal, self._connection.send, self.close)
+        self._heard = set()
+        self._connection.send(protocol.Adopted(kernel_pid=os.getpid()))
 
     def refuse(self, error: QuotaError | ProtocolError, seq: int = 0) -> None:
         """Say why, then close."""
@@ -68,8 +88,15 @@ class Application:
             if len(data) > protocol.MAX_REQUEST:
                 raise ProtocolError(f"request of {len(data)} bytes exceeds {protocol.MAX_REQUEST}")
             message = _DECODER.decode(data)
+            if self._heard is not None:
+                # It asks again what it asked the earlier kernel; what still lay in the socket comes twice then.
+                if message.seq in self._heard and message.seq:
+                    return
+                self._heard.add(message.seq)
             if self._principal is None:
                 self._hello(message)
+            elif isinstance(message, protocol.Hello) and self._heard is not None:
+                self._welcome(message.seq)
             elif isinstance(message, protocol.Hello):
                 raise ProtocolError("Hello was said already")
             else:
@@ -87,17 +114,22 @@ class Application:
             )
         self._deadline.cancel()
         who = self.identity
-        name, badge = f"app:{who.pid}.{self._number}", f"uid:{who.uid}/pid:{who.pid}"
+        name, badge = f"app:{who.pid}.{self.number}", f"uid:{who.uid}/pid:{who.pid}"
         self._principal = self._server.desk.admit(
             name, badge, who, self._connection.send, self.close, message.name
         )
-        self._connection.send(protocol.Welcome(seq=message.seq, principal=name, kernel_pid=os.getpid()))
+        self._welcome(message.seq)
+
+    def _welcome(self, seq: int) -> None:
+        assert self._principal is not None
+        self._connection.send(protocol.Welcome(seq=seq, principal=self._principal.id, kernel_pid=os.getpid()))
 
     def _on_bad(self, error: ProtocolError) -> None:
         self.refuse(error)
 
     def _on_closed(self, reason: str) -> None:
         self._deadline.cancel()
+        self._server.store.remove(f"app.{self.number}")
         self._server.forget(self)
         if self._principal is not None:
             self._server.desk.dismiss(self._principal, reason)
@@ -106,8 +138,16 @@ class Application:
 class Bootstrap:
     """Accepts applications on `sock`, fairly: a bounded number per wake-up, and per uid."""
 
-    def __init__(self, sock: socket.socket, desk: Desk, audit: AuditLog, events: Events) -> None:
-        self.desk = desk
+    def __init__(
+        self,
+        sock: socket.socket,
+        desk: Desk,
+        audit: AuditLog,
+        events: Events,
+        store: Store,
+        outbox: Outbox,
+    ) -> None:
+        self.desk, self.store, self.outbox = desk, store, outbox
         self._sock, self._audit, self._events = sock, audit, events
         self._applications: set[Application] = set()
         self._per_uid: Counter[int] = Counter()
@@ -133,6 +173,19 @@ class Bootstrap:
         self._per_uid[application.identity.uid] -= 1
         if not self._per_uid[application.identity.uid]:
             del self._per_uid[application.identity.uid]
+
+    def record(self) -> dict[str, Any]:
+        return {"last": self._last, "connections": [each.record() for each in self._applications]}
+
+    def restore(
+        self, record: dict[str, Any], take: Callable[[str], list[int]], principals: dict[str, dict[str, Any]]
+    ) -> None:
+        """Go on with the connections of an earlier kernel, whose records of `principals` are by name."""
+        self._last = record["last"]
+        for number, uid, gid, pid, owner in record["connections"]:
+            sock = socket.socket(fileno=take(f"app.{number}")[0])
+            application = self._admit(sock, Identity(uid, gid, pid), number)
+            application.adopt(None if owner is None else principals.pop(owner))
 
     def note(self, identity: Identity, reason: str) -> None:
         """A connection was refused or misused."""
@@ -160,13 +213,17 @@ class Bootstrap:
             sock.close()
             return
         self._last += 1
-        self._per_uid[who.uid] += 1
-        application = Application(self, sock, Identity(who.uid, who.gid, who.pid), self._last)
-        self._applications.add(application)
+        application = self._admit(sock, Identity(who.uid, who.gid, who.pid), self._last)
         if self._per_uid[who.uid] > PER_UID:
             application.refuse(
                 QuotaError(f"uid {who.uid} has {PER_UID} connections", "share a connection, or close some")
             )
+
+    def _admit(self, sock: socket.socket, who: Identity, number: int) -> Application:
+        self._per_uid[who.uid] += 1
+        application = Application(self, sock, who, number)
+        self._applications.add(application)
+        return application
 
     def _rest(self, error: OSError) -> None:
         """Out of descriptors: those who wait stay in the socket's backlog; all others go on."""

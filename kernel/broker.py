@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -48,6 +48,11 @@ _PAGE: Final = 4096
 _SLOTS: Final = (64, 65536)
 _USABLE: Final = frozenset({"send", "recv"})
 
+_RECORDED: Final = (
+    *("id", "generation", "service", "engine", "rights", "slots", "up_bytes", "down_bytes", "backend"),
+    *("line", "cap", "state", "seq", "answered", "since"),
+)
+
 OFFERED: Final = "offered"
 ATTACHING: Final = "attaching"
 OPEN: Final = "open"
@@ -77,6 +82,7 @@ class Channel:
     answered: bool = False
     since: float = field(default_factory=time.time)
     timer: asyncio.TimerHandle | None = None
+    adopted: bool = False
 
     @property
     def bytes(self) -> int:
@@ -224,6 +230,7 @@ class Broker:
         channel.timer = self._loop.call_later(
             MAP_DEADLINE, self._late, channel, "was not mapped by its opener"
         )
+        self._store.put(f"channel.{channel.id}", channel.fds)
         self._events.emit(
             "channel.offered", f"channel:{channel.id}", service=channel.service, client=principal.id
         )
@@ -297,6 +304,12 @@ class Broker:
     def mapped(self, principal: Principal, request: protocol.Mapped) -> None:
         """The opener is done: hand the channel to its provider. Raises SnapError."""
         channel = self._own(principal, request.channel)
+        if channel.adopted and channel.state != OFFERED:
+            # Asked again after a change of kernels: the answer may have been lost with the one before.
+            channel.seq = request.seq
+            if channel.state == OPEN:
+                principal.send(protocol.Ready(seq=request.seq, channel=channel.id), ())
+            return
         if channel.state != OFFERED:
             raise UsageError(f"channel {channel.id} is {channel.state} already")
         if channel.backend == "memfd" and "future_write" not in channel.segments[1].seals():
@@ -308,7 +321,6 @@ class Broker:
         channel.state, channel.seq = ATTACHING, request.seq
         channel.gate.open(channel.line, channel.generation)
         self._set_timer(channel, ATTACH_DEADLINE, "was not attached by its module")
-        self._store.put(f"channel.{channel.id}", channel.fds)
         channel.provider.send(channel.order(), channel.fds)
 
     def attach(self, runner: Runner, incarnation: Incarnation) -> None:
@@ -358,6 +370,80 @@ class Broker:
 
     def _of(self, runner: Runner) -> list[Channel]:
         return [channel for channel in self.channels.values() if channel.provider is runner]
+
+    # -- outliving the kernel ---------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "last": self._last_id,
+            "channels": [
+                [
+                    *(getattr(channel, name) for name in _RECORDED),
+                    channel.provider.name,
+                    channel.client.id,
+                ]
+                for channel in self.channels.values()
+            ],
+        }
+
+    def restore(
+        self,
+        record: dict[str, Any],
+        take: Callable[[str], list[int]],
+        runners: Mapping[str, Runner],
+        principals: Mapping[str, Principal],
+    ) -> None:
+        """Go on with the channels of an earlier kernel. Raises KeyError for what is not there, and SnapError."""
+        self._last_id = record["last"]
+        for row in record["channels"]:
+            values = dict(zip((*_RECORDED, "provider", "client"), row, strict=True))
+            runner, client = runners[values.pop("provider")], principals.get(values.pop("client"))
+            ring, up, down, *bells = take(f"channel.{values['id']}")
+            sizes = (_native.ring_bytes(values["slots"]), values["up_bytes"], values["down_bytes"])
+            segments = [Segment.adopt(fd, size) for fd, size in zip((ring, up, down), sizes, strict=True)]
+            control = _native.ChannelControl(ring, values["slots"], (bells[0], bells[1]))
+            runner.gate.hold(values["line"])
+            if client is None:
+                control.set_state("gone", "its client went while no kernel ran")
+                control.close()
+                runner.gate.give_back(values["line"])
+                seqpacket.close_all([ring, up, down, *bells])
+                self._store.remove(f"channel.{values['id']}")
+                continue
+            channel = Channel(
+                **values,
+                provider=runner,
+                client=client,
+                control=control,
+                gate=runner.gate,
+                segments=segments,
+                bells=tuple(bells),
+                adopted=True,
+            )
+            self.channels[channel.id] = channel
+            channel.client.channels.add(channel.id)
+            channel.client.bytes += channel.bytes
+            if control.state != "open":
+                self._end(channel, control.state, "it ended as the kernel did")
+            elif channel.state != OPEN:
+                self._set_timer(channel, MAP_DEADLINE, "was not set up")
+
+    def held(self, runner: Runner, incarnation: Incarnation, channels: dict[int, int]) -> None:
+        """A process of an earlier kernel says which channels it has: give it what it lacks, take what is no more."""
+        for channel in self._of(runner):
+            generation = channels.pop(channel.id, None)
+            if channel.state == OFFERED:
+                continue
+            if generation is None:
+                if incarnation.schemas is not None:
+                    incarnation.send(channel.order(), channel.fds)
+            elif generation != channel.generation:
+                reason = f"it holds channel {channel.id} as generation {generation}"
+                runner.misbehaved(incarnation, reason)
+            elif channel.state == ATTACHING:
+                self._attached(channel)
+        for number in channels:
+            incarnation.send(protocol.Detach(channel=number, reason="it is no more"))
 
     # -- ending -----------------------------------------------------------------------------------------------
 

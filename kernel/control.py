@@ -24,6 +24,7 @@ from snap.ipc.protocol import EventView, Request, Response
 from .events import Events
 from .operators import Operators
 from .policy import Identity
+from .record import Outbox
 
 IN_FLIGHT: Final = 256
 KEY: Final = 128
@@ -37,9 +38,11 @@ _DECODER: Final[protocol.Decoder[Request]] = protocol.Decoder(Request)
 class Control:
     """Serves `control.sock` and `events.sock` in `directory` until `close`."""
 
-    def __init__(self, directory: Path, operators: Operators, events: Events) -> None:
-        """Raises ResourceError when a socket cannot be bound."""
-        self._operators, self._events = operators, events
+    def __init__(self, directory: Path, operators: Operators, events: Events, outbox: Outbox) -> None:
+        """Nothing leaves before `outbox` has recorded what it tells of. Raises ResourceError when a socket
+        cannot be bound."""
+        self._operators, self._events, self._outbox = operators, events, outbox
+        self._unsent: list[EventView] = []
         self._answers: OrderedDict[tuple[int, str], asyncio.Future[bytes]] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._paths = [directory / paths.CONTROL, directory / paths.EVENTS]
@@ -63,6 +66,7 @@ class Control:
 
     async def close(self) -> None:
         self._events.listeners.remove(self._publish)
+        self._outbox.flush()
         tasks = [self._serving, *self._tasks]
         for task in tasks:
             task.cancel()
@@ -75,10 +79,16 @@ class Control:
                 path.unlink()
 
     def _publish(self, event: EventView) -> None:
-        with suppress(zmq.ZMQError, ProtocolError):
-            self._publisher.send_multipart(
-                [f"event.{event.kind}".encode(), protocol.encode(event)], zmq.DONTWAIT
-            )
+        self._unsent.append(event)
+        self._outbox.add(self._release)
+
+    def _release(self) -> None:
+        unsent, self._unsent = self._unsent, []
+        for event in unsent:
+            with suppress(zmq.ZMQError, ProtocolError):
+                self._publisher.send_multipart(
+                    [f"event.{event.kind}".encode(), protocol.encode(event)], zmq.DONTWAIT
+                )
 
     async def _serve(self) -> None:
         while True:
@@ -90,6 +100,7 @@ class Control:
     async def _handle(self, frames: list[zmq.Frame]) -> None:
         *envelope, body = frames
         answer = await self._answer(_identity(body), body.bytes)
+        self._outbox.flush()
         with suppress(zmq.ZMQError):
             # The peer may have left, or may not read: neither holds up anyone.
             await self._router.send_multipart([*(frame.bytes for frame in envelope), answer], zmq.DONTWAIT)

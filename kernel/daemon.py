@@ -23,10 +23,12 @@ import setproctitle
 from snap.dataplane.errors import BusyError, DeniedError, ResourceError, SnapError
 from snap.ipc import paths
 
-from . import bootstrap, policy, sdnotify
+from . import bootstrap, keeper, policy, sdnotify
 from .control import Control
 from .kernel import VERSION, Kernel, Settings
 from .operators import Operators
+from .store import KeeperStore
+from .takeover import LISTENER, Adoption, adoption
 
 DESCRIPTION: Final = """\
 The kernel of Snap: starts modules, each in a process of its own, gives applications channels to them where
@@ -72,6 +74,18 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--foreground", action="store_true", help="log to standard error as well")
     options.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    options.add_argument(
+        "--respawn",
+        action="store_true",
+        help="start again when this process dies; modules and channels go on",
+    )
+    options.add_argument(
+        "--orphan-grace",
+        type=float,
+        default=keeper.GRACE,
+        metavar="SECONDS",
+        help="how long modules wait for a new kernel when this process dies (default: %(default)g)",
+    )
     options.add_argument("--version", action="version", version=f"snap-kernel {VERSION}")
     return options
 
@@ -122,23 +136,46 @@ def _holder(fd: int) -> str:
     return "unknown"
 
 
-async def serve(settings: Settings) -> None:
-    """Run a kernel until it is told to stop. Raises SnapError, OSError."""
-    loop = asyncio.get_running_loop()
+async def serve(settings: Settings, grace: float = keeper.GRACE, command: Sequence[str] = ()) -> None:
+    """Run a kernel until it is told to stop. When it dies its keeper waits `grace` seconds for a new one, which
+    `command` starts unless that is empty. Raises SnapError, OSError."""
     activated = sdnotify.activated_sockets()
     listener = activated.pop("bootstrap", None)
     for name in activated:
         raise ResourceError(
             f"activated socket {name!r} is unknown here", "name it bootstrap in the socket unit"
         )
-    with nullcontext(listener) if listener else _own_socket(settings.runtime_dir / paths.BOOTSTRAP) as sock:
-        kernel = Kernel(settings, sock)
+    store = KeeperStore(settings.runtime_dir, grace, command)
+    left: Adoption | None = None
+    try:
+        left = adoption(store)
+        await _serve(settings, store, listener, left)
+    except SnapError:
+        # What an earlier kernel left and this one cannot take over is for another one to take.
+        if left is not None or not store.fresh:
+            store.detach()
+        raise
+    finally:
+        store.close()
+
+
+async def _serve(
+    settings: Settings, store: KeeperStore, listener: socket.socket | None, left: Adoption | None
+) -> None:
+    loop = asyncio.get_running_loop()
+    path = settings.runtime_dir / paths.BOOTSTRAP
+    given = socket.socket(fileno=left.take(LISTENER)[0]) if left is not None else None
+    if listener is not None and given is not None:
+        given.close()
+    with nullcontext(listener) if listener else _own_socket(path, given) as sock:
+        kernel = Kernel(settings, sock, store, left)
+        store.report = lambda kind, data: kernel.events.emit(kind, "kernel", **data)
         loop.set_exception_handler(lambda _, context: _note_fault(kernel, context))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, kernel.stopping.set)
         watchdog = loop.create_task(_feed_watchdog())
         try:
-            control = Control(settings.runtime_dir, Operators(kernel), kernel.events)
+            control = Control(settings.runtime_dir, Operators(kernel), kernel.events, kernel.outbox)
             try:
                 kernel.autostart()
                 sdnotify.notify("READY=1", f"STATUS=serving {settings.runtime_dir}")
@@ -154,11 +191,13 @@ async def serve(settings: Settings) -> None:
 
 
 @contextmanager
-def _own_socket(path: Path) -> Iterator[socket.socket]:
-    """We hold the lock: whatever socket is there was left by a kernel that died. Raises ResourceError."""
+def _own_socket(path: Path, given: socket.socket | None) -> Iterator[socket.socket]:
+    """The one `given` by an earlier kernel. Without one, as we hold the lock, whatever is there was left by a kernel
+    that died. Raises ResourceError."""
     try:
-        path.unlink(missing_ok=True)
-        sock = bootstrap.listen(path)
+        if given is None:
+            path.unlink(missing_ok=True)
+        sock = given or bootstrap.listen(path)
     except OSError as error:
         raise ResourceError(
             f"cannot listen on {path}: {error.strerror or error}",
@@ -204,7 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare(settings.runtime_dir)
         with locked(settings.runtime_dir):
             _raise_descriptor_limit()
-            asyncio.run(serve(settings))
+            again = [sys.executable, "-P", "-m", "snap.kernel", *arguments] if options.respawn else []
+            asyncio.run(serve(settings, options.orphan_grace, again))
     except SnapError as error:
         print(f"snap-kernel: {error}", file=sys.stderr)
         return error.exit_code

@@ -62,6 +62,9 @@ class Desk:
         self._events.emit("principal.joined", name, badge=badge, label=label[:64])
         return principal
 
+    def record(self) -> list[dict[str, Any]]:
+        return [principal.record() for principal in self.principals.values()]
+
     def readmit(self, record: dict[str, Any], send: Send, drop: Callable[[str], None]) -> Principal:
         """One that an earlier kernel admitted, and whose table was restored."""
         uid, gid, pid, module = record["identity"]

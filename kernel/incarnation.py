@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from snap.dataplane import _native
 from snap.dataplane.errors import ProtocolError, SnapError
@@ -15,8 +18,10 @@ from snap.ipc.discovery import Found
 from snap.ipc.protocol import EngineView, StateSchema
 from snap.ipc.segment import Segment
 
+from . import packages
 from .link import Connection
 from .processes import Log, LogPipe, Process
+from .record import Outbox
 
 DESCRIPTORS = 1024
 BACKLOG = 2 * _native.Gate.LINES
@@ -32,7 +37,8 @@ class Incarnation:
     its link, `on_exit(self, how, clean)` once when the process was reaped.
     """
 
-    def __init__(self, generation: int, found: Found, log: Log) -> None:
+    def __init__(self, generation: int, found: Found, log: Log, page: Segment | None = None) -> None:
+        """`page` is the statistics' of a process that an earlier kernel started."""
         self.generation = generation
         self.found = found
         self.schemas: dict[str, StateSchema] | None = None
@@ -41,7 +47,7 @@ class Incarnation:
         self.error = ""
         self.faults = 0
         self.log = LogPipe(log)
-        self.page = Segment.create(_native.StatsPage.BYTES)
+        self.page = page or Segment.create(_native.StatsPage.BYTES)
         self.stats = _native.StatsPage(self.page.fd, False)
         self.process: Process | None = None
         self.link: Connection | None = None
@@ -53,6 +59,7 @@ class Incarnation:
         on_bad: Callable[[Incarnation, ProtocolError], None],
         on_closed: Callable[[Incarnation, str], None],
         on_exit: Callable[[Incarnation, str, bool], None],
+        outbox: Outbox,
     ) -> None:
         """Raises SnapError and OSError, with nothing left behind."""
         ours, theirs = seqpacket.pair()
@@ -69,13 +76,59 @@ class Incarnation:
             theirs.close()
             self.release()
             raise
+        self._connect(ours, on_message, on_bad, on_closed, outbox)
+
+    def adopt(
+        self,
+        fds: Sequence[int],
+        pid: int,
+        on_message: Callable[[Incarnation, Any, list[int], int], None],
+        on_bad: Callable[[Incarnation, ProtocolError], None],
+        on_closed: Callable[[Incarnation, str], None],
+        on_exit: Callable[[Incarnation, str, bool], None],
+        outbox: Outbox,
+    ) -> None:
+        """Go on with a process of an earlier kernel: `fds` are link, pidfd and log."""
+        link, pidfd, log = fds
+        self.process = Process.adopt(pid, pidfd, partial(on_exit, self))
+        self.log.adopt(log)
+        self._connect(socket.socket(fileno=link), on_message, on_bad, on_closed, outbox)
+
+    def _connect(
+        self,
+        sock: socket.socket,
+        on_message: Callable[[Incarnation, Any, list[int], int], None],
+        on_bad: Callable[[Incarnation, ProtocolError], None],
+        on_closed: Callable[[Incarnation, str], None],
+        outbox: Outbox,
+    ) -> None:
         self.link = Connection(
-            ours,
+            sock,
             lambda data, fds: self._decode(data, fds, on_message, on_bad),
             partial(on_bad, self),
             partial(on_closed, self),
             BACKLOG,
+            outbox,
         )
+
+    @property
+    def fds(self) -> list[int]:
+        """Of a process that was just started: link, pidfd, log, statistics."""
+        assert self.link is not None
+        assert self.process is not None
+        return [self.link.fileno(), self.process.pidfd, self.log.fd, self.page.fd]
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "generation": self.generation,
+            "pid": self.pid,
+            "found": packages.record(self.found),
+            "schemas": None if self.schemas is None else msgspec.to_builtins(self.schemas),
+            "prepared": sorted(self.prepared),
+            "running": sorted(self.running),
+            "error": self.error,
+            "faults": self.faults,
+        }
 
     @property
     def pid(self) -> int | None:

@@ -10,10 +10,11 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from snap.dataplane.errors import NotFoundError, NotRunningError, SnapError
+from snap.dataplane.errors import NotFoundError, NotRunningError, ResourceError, SnapError
 from snap.ipc import paths
 from snap.ipc.discovery import Found, Problem, discover
 from snap.ipc.protocol import KernelView, ModuleView
@@ -28,9 +29,11 @@ from .events import Events
 from .incarnation import Incarnation
 from .policy import Identity, Policy
 from .principals import Principal
+from .record import Outbox, Record
 from .runner import Hooks, Runner
 from .store import NoStore, Store
 from .supervision import Limits, Supervision
+from .takeover import LISTENER, Adoption, RecordedStore
 from .upgrades import Upgrades
 
 HOST: Final = (sys.executable, "-P", "-m", "snap.modules.host")
@@ -54,11 +57,20 @@ class Settings:
 class Kernel:
     """Make it inside a running event loop, holding the lock of its runtime directory; `close` it after `stop`."""
 
-    def __init__(self, settings: Settings, listener: socket.socket, store: Store | None = None) -> None:
-        """`listener` is the bootstrap socket; `store` holds descriptors beyond this process. Raises SnapError,
-        OSError."""
+    def __init__(
+        self,
+        settings: Settings,
+        listener: socket.socket,
+        store: Store | None = None,
+        adoption: Adoption | None = None,
+    ) -> None:
+        """`listener` is the bootstrap socket; `store` holds descriptors beyond this process, `adoption` what an earlier
+        kernel left there. Raises SnapError, OSError."""
         directory = settings.runtime_dir
-        self.store = store or NoStore()
+        self.outbox = Outbox()
+        self.store: Store = RecordedStore(store or NoStore(), self.outbox)
+        self._adoption = adoption
+        self._unrecorded = False
         self.settings, self.policy, self.uid = settings, settings.policy, os.geteuid()
         self.started = time.time()
         self.runners: dict[str, Runner] = {}
@@ -66,8 +78,12 @@ class Kernel:
         self.stopping = asyncio.Event()
         (directory / paths.LOGS).mkdir(mode=0o700, exist_ok=True)
         self.events = Events(directory / paths.KERNEL_LOG, settings.foreground, settings.log_level)
+        if adoption is not None:
+            self.events.restore(adoption.data["events"])
         self.audit = AuditLog(directory / paths.AUDIT)
         self.table = CapabilityTable(self.audit.write)
+        if adoption is not None:
+            self.table.restore(adoption.data["table"])
         self.broker = Broker(self.table, self.events, settings.policy.backend, self.provider, self.store)
         self.desk = Desk(
             self.table, settings.policy, self.uid, self.audit, self.events, self.broker, self.provider
@@ -77,9 +93,16 @@ class Kernel:
         self._principals: dict[Incarnation, Principal] = {}
         self.plan = self._load_modules()
         self.upgrades = Upgrades(self)
-        self._bootstrap = bootstrap.Bootstrap(listener, self.desk, self.audit, self.events)
+        self._bootstrap = bootstrap.Bootstrap(
+            listener, self.desk, self.audit, self.events, self.store, self.outbox
+        )
+        self._record = adoption.record if adoption is not None else Record.create(self.store)
+        if adoption is not None:
+            self._adopt(adoption)
+        self._begin_record(listener)
         self._heartbeats = asyncio.get_running_loop().create_task(self._watch_heartbeats())
         self.events.emit("kernel.started", "kernel", pid=os.getpid(), version=VERSION)
+        self.outbox.flush()
 
     # -- modules ----------------------------------------------------------------------------------------------
 
@@ -98,8 +121,10 @@ class Kernel:
         raise NotFoundError(f"there is no module {name!r}", "see `snapctl module list`")
 
     def autostart(self) -> None:
+        """Start what is to run from the beginning; what an earlier kernel had is as that left it."""
+        known = {} if self._adoption is None else self._adoption.data["modules"]
         for name in self.plan.order:
-            if self.policy.module(name).autostart:
+            if name not in known and self.policy.module(name).autostart:
                 self.runners[name].start()
 
     def start(self, name: str) -> None:
@@ -135,6 +160,8 @@ class Kernel:
             runner.close()
         self.desk.close()
         self.events.emit("kernel.stopped", "kernel")
+        self.outbox.close()
+        self._record.close()
         self.events.close()
         self.audit.close()
 
@@ -171,11 +198,81 @@ class Kernel:
 
     # -- inside -----------------------------------------------------------------------------------------------
 
+    def _begin_record(self, listener: socket.socket) -> None:
+        self._record.parts.update(
+            events=self.events.record,
+            table=self.table.record,
+            principals=self.desk.record,
+            channels=self.broker.record,
+            modules=lambda: {name: runner.record() for name, runner in self.runners.items()},
+            members=lambda: [
+                [each.generation, who.id.partition("#")[0].removeprefix("module:"), who.id]
+                for each, who in self._principals.items()
+            ],
+            applications=self._bootstrap.record,
+            upgrades=self.upgrades.record,
+        )
+        self.store.put(LISTENER, [listener.fileno()])
+        self.outbox.commit = self._commit
+        self.events.listeners.append(lambda _: self.outbox.touch())
+
+    def _commit(self) -> None:
+        """Without memory for it the kernel goes on; its death would then be noticed."""
+        try:
+            self._record.write()
+            self._unrecorded = False
+        except ResourceError as error:
+            if not self._unrecorded:
+                self._unrecorded = True
+                self.events.emit("kernel.record_failed", "kernel", error=error.message)
+
+    def _adopt(self, adoption: Adoption) -> None:
+        """Go on where the earlier kernel was, with all that still lives."""
+        data, take = adoption.data, adoption.take
+        principals = {each["id"]: each for each in data["principals"]}
+        members = {(name, generation): owner for generation, name, owner in data["members"]}
+        processes = []
+        for name, record in data["modules"].items():
+            for incarnation in self.runners[name].restore(record, take):
+                processes.append((self.runners[name], incarnation))
+                owner = members.get((name, incarnation.generation))
+                if owner is not None:
+                    self._principals[incarnation] = self.desk.readmit(
+                        principals.pop(owner),
+                        incarnation.send,
+                        partial(self.runners[name].misbehaved, incarnation),
+                    )
+        self._bootstrap.restore(data["applications"], take, principals)
+        self.broker.restore(data["channels"], take, self.runners, self.desk.principals)
+        for owner in set(self.table.owners) - set(self.desk.principals):
+            self.desk.forget(owner, "it went while no kernel ran")
+        left = adoption.close()
+        self.events.emit(
+            "kernel.adopted",
+            "kernel",
+            modules=len(data["modules"]),
+            processes=len(processes),
+            channels=len(self.broker.channels),
+            principals=len(self.desk.principals),
+            left=left,
+        )
+        self.upgrades.restore(data["upgrades"])
+        for runner, incarnation in processes:
+            runner.settle(incarnation)
+        self.desk.schedule_expiry()
+        for runner in self.runners.values():
+            self._on_changed(runner)
+
     def _load_modules(self) -> graph.Plan:
         discovery = discover(self.settings.module_path)
         for problem in discovery.problems:
             self._report(problem)
-        found = discovery.found
+        found = dict(discovery.found)
+        if self._adoption is not None:
+            # What runs is what counts; its directory may have changed or gone since.
+            for name, record in self._adoption.data["modules"].items():
+                origin, running = packages.restored(record["origin"]), packages.restored(record["found"])
+                found[name] = Found(running.manifest, origin.path, origin.source)
         plan = graph.check({name: each.manifest for name, each in found.items()}, self._denial)
         for name, reasons in plan.problems.items():
             self.refused[name] = (found[name], "; ".join(reasons))
@@ -190,6 +287,7 @@ class Kernel:
             ended=self.broker.provider_ended,
             changed=self._on_changed,
             bad=self._on_bad,
+            held=self.broker.held,
         )
         try:
             for name in plan.order:
@@ -204,9 +302,17 @@ class Kernel:
         name, manifest = found.manifest.name, found.manifest
         machine = Supervision(name, manifest.restart.policy, self.settings.limits)
         machine.missing = frozenset(manifest.requires.services)
-        kept = packages.keep(found, self.settings.runtime_dir / packages.DIRECTORY)
+        known = self._adoption is not None and name in self._adoption.data["modules"]
+        kept = found if known else packages.keep(found, self.settings.runtime_dir / packages.DIRECTORY)
         runner = Runner(
-            kept, self.settings.host, machine, self.events, self.settings.runtime_dir, hooks, self.store
+            kept,
+            self.settings.host,
+            machine,
+            self.events,
+            self.settings.runtime_dir,
+            hooks,
+            self.store,
+            self.outbox,
         )
         runner.origin = found
         return runner

@@ -73,6 +73,9 @@ class Connection:
         self._held += 1
         self._outbox.add(self._release)
 
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
     def close(self, reason: str) -> None:
         if self._held and not self._ended:
             self._ended = True  # the last words leave before the end does

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from snap.dataplane.errors import ManifestError, NotFoundError, ResourceError
 from snap.ipc import manifest
@@ -44,6 +44,16 @@ def load(path: Path, name: str) -> Found:
     if loaded.name != name:
         raise ManifestError(f"{path} holds module {loaded.name!r}, not {name!r}", "give another directory")
     return Found(loaded, path, "path")
+
+
+def record(found: Found) -> list[Any]:
+    """As plain data; `restored` reads it."""
+    return [found.manifest.to_builtins(), str(found.path), found.source]
+
+
+def restored(data: Sequence[Any]) -> Found:
+    """Raises ManifestError."""
+    return Found(manifest.from_builtins(data[0], f"{data[1]} (recorded)"), Path(data[1]), data[2])
 
 
 def _files(path: Path) -> Iterator[Path]:

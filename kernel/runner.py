@@ -7,11 +7,14 @@ hot standby. Each gets ready in the same way and then waits for the ownership of
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
+
+import msgspec
 
 from snap.dataplane import _native
 from snap.dataplane.errors import ProtocolError, ResourceError, SnapError, StateDamagedError
@@ -20,15 +23,17 @@ from snap.ipc.discovery import Found
 from snap.ipc.protocol import EngineView, ModuleView
 from snap.ipc.segment import Segment
 
-from . import supervision
+from . import packages, supervision
 from .events import Events
 from .incarnation import DESCRIPTORS, Incarnation
 from .operations import Operations
 from .processes import Log
+from .record import Outbox
 from .states import States
 from .store import Store
 from .supervision import Action, Supervision
 
+REPORT_DEADLINE: Final = 10.0
 STANDBY_PAUSE: Final = 1.0
 """Seconds before a standby that ended is replaced."""
 
@@ -38,7 +43,8 @@ class Hooks:
     """What a runner tells the kernel. `spawned` and `died` frame the life of a process; `attach` asks for the
     module's channels for a process that has loaded; `request` gets what a module asks as a principal, `news`
     what it reports of its channels; `lost` engines that go on without their state; `ended` when nobody will
-    serve the channels any more; `changed` every change of state; `bad` what could not be decoded."""
+    serve the channels any more; `changed` every change of state; `bad` what could not be decoded; `held` the channels
+    (generations by id) that a process has which an earlier kernel started."""
 
     spawned: Callable[[Runner, Incarnation], None]
     died: Callable[[Runner, Incarnation, str], None]
@@ -49,16 +55,19 @@ class Hooks:
     ended: Callable[[Runner, str], None]
     changed: Callable[[Runner], None]
     bad: Callable[[Runner, Incarnation, str], None]
+    held: Callable[[Runner, Incarnation, dict[int, int]], None]
 
 
 class GatePage:
     """The gate page of one module: lines are handed out and taken back; the module cannot write it."""
 
-    def __init__(self) -> None:
-        self.segment = Segment.create(_native.Gate.BYTES)
+    def __init__(self, fd: int | None = None) -> None:
+        """`fd` is the page of an earlier kernel. It cannot be sealed: the next kernel has to write it as well."""
+        size = _native.Gate.BYTES
+        self.segment = Segment.create(size) if fd is None else Segment.adopt(fd, size)
         try:
             self._gate = _native.Gate(self.segment.fd)
-            self.segment.seal_future_write()
+            self.reader = os.open(f"/proc/self/fd/{self.segment.fd}", os.O_RDONLY | os.O_CLOEXEC)
         except BaseException:
             self.segment.close()
             raise
@@ -78,8 +87,13 @@ class GatePage:
         # At the far end: the longer a line rests, the surer that nobody still has its last channel in mind.
         self._free.insert(0, line)
 
+    def hold(self, line: int) -> None:
+        """A channel of an earlier kernel has it."""
+        self._free.remove(line)
+
     def close(self) -> None:
         self._gate.close()
+        os.close(self.reader)
         self.segment.close()
 
 
@@ -108,17 +122,20 @@ class Runner:
         directory: Path,
         hooks: Hooks,
         store: Store,
+        outbox: Outbox | None = None,
     ) -> None:
         """`directory` is the kernel's runtime directory. Raises ResourceError."""
+        self._outbox = outbox or Outbox()
         self.found: Found = found
         self.origin: Found = found
         self.name = found.manifest.name
         self.machine = machine
-        self.operations = Operations(self.name, lambda: (machine.state, machine.cause))
+        self.operations = Operations(self.name, self._settled_in)
         self.log = Log(directory / paths.LOGS / f"{self.name}.log")
         self.current: Incarnation | None = None
         self.standby: Incarnation | None = None
         self.follower: Follower | None = None
+        self.alive: set[Incarnation] = set()
         self.kept: dict[str, int] = {}
         self.gate = GatePage()
         self.states = States(self.name, store, directory / "poisoned", self.emit)
@@ -127,6 +144,7 @@ class Runner:
         self._seen = (machine.state, machine.since)
         self._since = time.time()
         self._stale = 0
+        self._reporting: dict[Incarnation, asyncio.TimerHandle] = {}
         store.put(f"gate.{self.name}", [self.gate.segment.fd])
 
     # -- facts and requests -----------------------------------------------------------------------------------
@@ -146,7 +164,8 @@ class Runner:
         self.perform(self.machine.handle_start(self._now()))
 
     def stop(self, cause: str = "stopped by an operator") -> None:
-        self.dismiss_standby()
+        for other in self.alive - {self.current}:
+            other.kill()
         self.perform(self.machine.handle_stop(self._now(), cause))
 
     def restart(self) -> None:
@@ -184,7 +203,7 @@ class Runner:
 
     def close(self) -> None:
         """Give back what outlives the processes, which must have ended."""
-        for timer in self._timers.values():
+        for timer in (*self._timers.values(), *self._reporting.values()):
             timer.cancel()
         self.log.close()
         self.states.close()
@@ -199,7 +218,10 @@ class Runner:
         self.states.open(found.manifest)
         number = self.machine.next_generation() if generation is None else generation
         incarnation = Incarnation(number, found, self.log)
-        incarnation.start(self._host, self._on_message, self._on_bad, self._on_link_closed, self._on_exit)
+        incarnation.start(
+            self._host, self._on_message, self._on_bad, self._on_link_closed, self._on_exit, self._outbox
+        )
+        self._store.put(self._label(incarnation), incarnation.fds)
         kept = list(self.kept)
         order = protocol.Configure(
             name=self.name,
@@ -208,8 +230,9 @@ class Runner:
             path=str(found.path),
             kept=kept,
         )
-        fds = [self.gate.segment.fd, incarnation.page.fd, *(self.kept[name] for name in kept)]
+        fds = [self.gate.reader, incarnation.page.fd, *(self.kept[name] for name in kept)]
         incarnation.send(order, fds)
+        self.alive.add(incarnation)
         self._hooks.spawned(self, incarnation)
         faults.reach("kernel.spawned")
         return incarnation
@@ -410,8 +433,10 @@ class Runner:
                     self.perform(self.machine.handle_broken(self._now(), stage[:32], text[:2000]))
             case protocol.Keep(name=name):
                 self._keep(name, fds)
-            case protocol.Health() | protocol.Holding():
+            case protocol.Health():
                 pass
+            case protocol.Holding():
+                self._reported(incarnation, message)
             case protocol.Attached() | protocol.Dropped() | protocol.Failure():
                 incarnation.faults += isinstance(message, protocol.Dropped)
                 self._hooks.news(self, incarnation, message)
@@ -489,7 +514,9 @@ class Runner:
             self.perform(self.machine.handle_link_lost(self._now(), reason))
 
     def _on_exit(self, incarnation: Incarnation, how: str, clean: bool) -> None:
+        self.alive.discard(incarnation)
         reason = f"{incarnation.error} ({how})" if incarnation.error else how
+        self._store.remove(self._label(incarnation))
         incarnation.release()
         self._hooks.died(self, incarnation, reason)
         self.states.drop_pending(incarnation.generation)
@@ -502,6 +529,7 @@ class Runner:
             self.standby = None
             self.emit("standby.exited", {"how": reason})
             self._set_timer("standby", STANDBY_PAUSE)
+        self.operations.settle()
 
     def _current_exited(self, how: str, clean: bool) -> None:
         standby = self.standby
@@ -514,6 +542,110 @@ class Runner:
         self.standby = None
         self.perform(self.machine.handle_failed_over(self._now(), how))
         self.adopt(standby, self.found)
+
+    # -- outliving the kernel ---------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "found": packages.record(self.found),
+            "origin": packages.record(self.origin),
+            "machine": self.machine.record(),
+            "states": self.states.record(),
+            "kept": list(self.kept),
+            "processes": [each.record() for each in self.incarnations if each.process is not None],
+            "current": None if self.current is None else self.current.generation,
+            "standby": None if self.standby is None else self.standby.generation,
+            "since": self._since,
+        }
+
+    def restore(self, record: dict[str, Any], take: Callable[[str], list[int]]) -> list[Incarnation]:
+        """Go on where an earlier kernel was, before anything is asked of this runner. `take(name)` gives descriptors
+        that were stored. Returns the module's processes; see `settle`.
+
+        Raises KeyError for what is not there, and SnapError.
+        """
+        self.gate.close()
+        self.gate = GatePage(take(f"gate.{self.name}")[0])
+        self.found, self.origin = packages.restored(record["found"]), packages.restored(record["origin"])
+        self.states.restore(record["states"], take)
+        self.kept = {name: take(f"keep.{self.name}.{name}")[0] for name in record["kept"]}
+        self._since = record["since"]
+        found = [self._restored(each, take) for each in record["processes"]]
+        for incarnation in found:
+            if incarnation.generation == record["current"]:
+                self.current = incarnation
+            elif incarnation.generation == record["standby"]:
+                self.standby = incarnation
+        actions = self.machine.restore(record["machine"])
+        self._seen = (self.machine.state, self.machine.since)
+        self.perform(actions)
+        return found
+
+    def settle(self, incarnation: Incarnation) -> None:
+        """Of a restored process: one that nobody knows any more (an upgrade was under way) goes, unless it serves."""
+        if incarnation in self.incarnations:
+            self.ask(incarnation)
+        else:
+            incarnation.kill()
+
+    def ask(self, incarnation: Incarnation) -> None:
+        """What it holds is compared with what was recorded; one that does not say it in time is killed."""
+        loop = asyncio.get_running_loop()
+        reason = f"did not say within {REPORT_DEADLINE:g} s what it holds"
+        self._reporting[incarnation] = loop.call_later(REPORT_DEADLINE, self.misbehaved, incarnation, reason)
+        incarnation.send(protocol.Report())
+
+    def _restored(self, record: dict[str, Any], take: Callable[[str], list[int]]) -> Incarnation:
+        generation = record["generation"]
+        link, pidfd, log, page = take(f"process.{self.name}.{generation}")
+        segment = Segment.adopt(page, _native.StatsPage.BYTES)
+        incarnation = Incarnation(generation, packages.restored(record["found"]), self.log, segment)
+        incarnation.error, incarnation.faults = record["error"], record["faults"]
+        incarnation.prepared, incarnation.running = set(record["prepared"]), set(record["running"])
+        if record["schemas"] is not None:
+            incarnation.schemas = msgspec.convert(record["schemas"], dict[str, protocol.StateSchema])
+        incarnation.adopt(
+            [link, pidfd, log],
+            record["pid"],
+            self._on_message,
+            self._on_bad,
+            self._on_link_closed,
+            self._on_exit,
+            self._outbox,
+        )
+        return incarnation
+
+    def _reported(self, incarnation: Incarnation, holding: protocol.Holding) -> None:
+        deadline = self._reporting.pop(incarnation, None)
+        if deadline is None:
+            return
+        deadline.cancel()
+        if (holding.name, holding.generation) != (self.name, incarnation.generation):
+            said = f"{holding.name!r} generation {holding.generation}"
+            self.misbehaved(incarnation, f"it says that it is {said}")
+            return
+        for engine, stage in holding.engines.items():
+            if engine in incarnation.engines and engine in self.states.seats:
+                if stage == "running" and engine not in incarnation.running:
+                    self._took(incarnation, engine)
+                elif stage != "running":
+                    incarnation.running.discard(engine)
+                    (incarnation.prepared.add if stage == "prepared" else incarnation.prepared.discard)(
+                        engine
+                    )
+        self._hooks.held(self, incarnation, holding.channels)
+        if incarnation is self.current and incarnation.serves:
+            self.perform(self.machine.handle_serving(self._now()))
+
+    def _label(self, incarnation: Incarnation) -> str:
+        return f"process.{self.name}.{incarnation.generation}"
+
+    def _settled_in(self) -> tuple[str, str]:
+        """State and cause; stopped is a module when the last of its processes has ended."""
+        state = self.machine.state
+        if state == supervision.STOPPED and self.alive:
+            state = supervision.STOPPING
+        return state, self.machine.cause
 
     @staticmethod
     def _now() -> float:

@@ -72,14 +72,17 @@ class KeeperStore:
 
         Raises ResourceError when there is none and none can be started.
         """
-        self._directory, self._grace, self._command, self._report = directory, grace, command, report
+        self._directory, self._grace, self._command = directory, grace, command
+        self.report = report
         self._held: dict[str, tuple[int, ...]] = {}
         self._loop = asyncio.get_running_loop()
         self._process: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._started = 0.0
-        if not self._connect():
+        self.fresh = not self._connect()
+        """No earlier kernel has put anything."""
+        if self.fresh:
             self._start()
 
     @property
@@ -177,7 +180,7 @@ class KeeperStore:
         if self._process is not None:
             self._process.wait()
             self._process = None
-        self._report("keeper.lost", {"pid": pid, "reason": reason})
+        self.report("keeper.lost", {"pid": pid, "reason": reason})
         rest = self._started + _PAUSE - time.monotonic()
         if rest > 0:
             self._retry = self._loop.call_later(rest, self._start_again)
@@ -189,12 +192,12 @@ class KeeperStore:
         try:
             self._start()
         except ResourceError as error:
-            self._report("keeper.failed", {"error": error.message})
+            self.report("keeper.failed", {"error": error.message})
             self._retry = self._loop.call_later(_PAUSE, self._start_again)
             return
         for name, fds in list(self._held.items()):
             self._send(f"P{name}", fds)
-        self._report("keeper.started", {"pid": self.pid})
+        self.report("keeper.started", {"pid": self.pid})
 
     def _connect(self) -> bool:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -274,6 +274,41 @@ class Supervision:
             self._attempt = 0
         return [*actions, *self._crashed(now, cause, settled)]
 
+    # -- outliving the kernel ---------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "state": self.state,
+            "cause": self.cause,
+            "since": self.since,
+            "pid": self.pid,
+            "generation": self.generation,
+            "last": self._last,
+            "restarts": self.restarts,
+            "faults": self.faults,
+            "live": self._live,
+            "again": self._again,
+            "attempt": self._attempt,
+            "error": self._error,
+            "crashes": list(self._crashes),
+        }
+
+    def restore(self, record: dict[str, Any]) -> list[Action]:
+        """Go on where an earlier kernel was; the times are of a clock that goes on too."""
+        self.state, self.cause, self.since = record["state"], record["cause"], record["since"]
+        self.pid, self.generation, self._last = record["pid"], record["generation"], record["last"]
+        self.restarts, self.faults = record["restarts"], record["faults"]
+        self._live, self._again = record["live"], record["again"]
+        self._attempt, self._error = record["attempt"], record["error"]
+        self._crashes.extend(record["crashes"])
+        if self.state == BACKOFF:
+            return [SetTimer(BACKOFF_TIMER, self.limits.backoff_first)]
+        if self.state == STOPPING:
+            return [SetTimer(GRACE_TIMER, self.limits.grace), Terminate(self.limits.grace)]
+        if self.state == STARTING and self._live:
+            return [SetTimer(START_TIMER, self.limits.start_timeout)]
+        return []
+
     # -- parts ------------------------------------------------------------------------------------------------
 
     def _cause(self, how: str) -> str:

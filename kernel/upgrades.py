@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -235,6 +236,28 @@ class Upgrades:
         self._next()
 
     # -- outliving the kernel ---------------------------------------------------------------------------------
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """An upgrade that was under way ends with its kernel: by where its engines run it is committed or aborted."""
+        self._last = record["last"]
+        for name, versions in record["versions"].items():
+            self._versions[name] = deque((packages.restored(each) for each in versions), maxlen=VERSIONS)
+        for each in record["history"]:
+            view = msgspec.convert(each, UpgradeView)
+            if not view.outcome:
+                view = self._interrupted(view)
+            self._history.append(view)
+
+    def _interrupted(self, view: UpgradeView) -> UpgradeView:
+        runner = self._kernel.runners.get(view.module)
+        forward = runner is not None and runner.machine.generation == view.to_generation
+        outcome, reason = ("committed" if forward else "aborted"), "the kernel ended while it was under way"
+        view = msgspec.structs.replace(
+            view, phase="done", outcome=outcome, reason=reason, finished=time.time()
+        )
+        if runner is not None:
+            runner.emit("upgrade.done", {"id": view.id, "outcome": outcome, "reason": reason})
+        return view
 
     def record(self) -> dict[str, Any]:
         return {
