@@ -18,7 +18,7 @@ from snap.kernel.keeper import RESPAWN_WINDOW, RESPAWNS
 
 from . import ops, versions
 from .events import BAKE, Event
-from .world import HANGING, LOOK, PATIENCE, Violation, World
+from .world import HANGING, KEEPER, LOOK, PATIENCE, Violation, World
 
 _LONG: Final = 8.0
 """Seconds to find a victim that is about to appear."""
@@ -54,6 +54,9 @@ class Driver:
             if time.monotonic() > until:
                 self.say(f"out of time: {len(plan) - event.index} events left out")
                 break
+            if event.needs_keeper and not KEEPER:
+                self.say(f"{event}: left out, for this kernel has no keeper")
+                continue
             time.sleep(event.pause)
             if event.kills_kernel:
                 self._pace()

@@ -75,6 +75,10 @@ class Event:
             self.action == "kill" and (self.victim == "kernel" or self.point.startswith("kernel."))
         )
 
+    @property
+    def needs_keeper(self) -> bool:
+        return self.kills_kernel or self.kind in ("kill_keeper", "upgrade_kernel")
+
     def __str__(self) -> str:
         words = [self.version, self.other and f"and {self.other}", self.point, self.action, self.victim]
         words.append(f"after {self.after:.3f} s" if self.after else "")

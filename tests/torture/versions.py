@@ -170,6 +170,8 @@ BAD: Final = (
         _one(
             """
             since = None
+            def wake_after(self):
+                return 0.05
             def poll(self, budget):
                 self.since = self.since or time.monotonic()
                 done = super().poll(budget)

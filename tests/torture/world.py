@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from snap.ipc import DeadlineError, SnapError, UnreachableError
 from snap.ipc.control import ControlClient
+from snap.kernel.daemon import parser
 from tests.conftest import Holdings, descendants, leaked_since
 
 from . import ledger, versions
@@ -29,6 +30,9 @@ PATIENCE: Final = 45.0
 
 HANGING: Final = 90.0
 """Seconds within which an upgrade must end, though its new version hangs."""
+
+KEEPER: Final = "--respawn" in parser().format_help()
+"""Whether this kernel can be killed: without a keeper nothing outlives it."""
 
 ASK: Final = 3.0
 LOOK: Final = 0.03
@@ -82,6 +86,7 @@ class World:
         self._chance = random.Random(f"clients {seed}")
         self._number = 0
         self._control: ControlClient | None = None
+        self._kernel: subprocess.Popen[bytes] | None = None
         self._before = Holdings.now()
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         for folder in (self.faults, directory / "modules", directory / "clients"):
@@ -93,18 +98,12 @@ class World:
     # -- kernel ---------------------------------------------------------------------------------------------
 
     def start_kernel(self) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "tests.torture.kernel",
-            "--runtime-dir",
-            str(self.runtime),
-            "--respawn",
-        ]
+        command = [sys.executable, "-m", "tests.torture.kernel", "--runtime-dir", str(self.runtime)]
         command += ["--policy", str(self.directory / "policy.toml")]
         command += ["--module-path", str(self.directory / "modules")]
+        command += ["--respawn"] if KEEPER else []
         with (self.directory / "kernel.output").open("ab") as output:
-            subprocess.Popen(
+            self._kernel = subprocess.Popen(
                 command,
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
@@ -143,6 +142,8 @@ class World:
             self._control.close()
             self._control = None
         self.until("everything to end", lambda: not self.processes())
+        if self._kernel is not None:
+            self._kernel.wait()
 
     # -- processes ------------------------------------------------------------------------------------------
 
@@ -250,6 +251,8 @@ class World:
         for client in self.clients:
             if client.process.poll() is not None:
                 self._accuse(client)
+        if self._kernel is not None and self._kernel.poll() is not None and not self.processes():
+            raise Violation(self.diagnosis(f"the kernel has ended, with {self._kernel.returncode}"))
         try:
             view: dict[str, Any] = self.call("module.show", name=versions.MODULE)
         except SnapError as error:
@@ -259,7 +262,7 @@ class World:
         if view["state"] != "ready" or view["upgrade"] is not None or view["standby"] == "starting":
             words = {name: view[name] for name in ("state", "cause", "upgrade", "standby", "generation")}
             return f"the module is {words}", None
-        if not self.processes("keeper") or len(self.processes("kernel")) != 1:
+        if len(self.processes("kernel")) != 1 or bool(self.processes("keeper")) != KEEPER:
             return f"kernels {self.processes('kernel')}, keepers {self.processes('keeper')}", None
         slow = [client for client in self.clients if ledger.received(client.ledger) <= before[client.number]]
         if slow:
@@ -287,6 +290,9 @@ class World:
 
     def end_all(self) -> None:
         """By force; for a run that failed."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
         for _ in range(100):
             left = descendants(os.getpid())
             for pid in left:
@@ -295,8 +301,10 @@ class World:
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
             if not left:
-                return
+                break
             time.sleep(LOOK)
+        if self._kernel is not None:
+            self._kernel.wait()
 
     # -- telling --------------------------------------------------------------------------------------------
 
