@@ -191,8 +191,17 @@ class _Tables:
         second = _numbers(self._old.take_dirty())
         puts = np.union1d(first, self._again)
         both = np.union1d(puts, second)
+        if len(both) == 0:
+            return
         if frozen:
             puts = both
+            if len(both) <= self._batch:
+                # In the blackout: one look does.
+                slots, sound = self._gather(both, frozen)
+                self._forget(both, slots, sound)
+                self._move(both, slots, sound)
+                yield len(both)
+                return
         again = [np.setdiff1d(second, puts)]
         for numbers in self._batches(both):
             slots, sound = self._gather(numbers, frozen)
