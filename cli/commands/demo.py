@@ -33,8 +33,7 @@ IN_WORDS: Final = {
     "rollback": "rollback",
 }
 READY_SECONDS: Final = 30.0
-# Small, so that a gap in the middle is soon one at the end: what is on its way covers it up.
-POOL_BYTES: Final = 1 << 20
+DRAW_BYTES: Final = 1 << 20
 SHOWN: Final = 5
 
 
@@ -147,6 +146,7 @@ def _run(
 
 def _transfer(stage: Stage, client: Client, tree: Plan, runtime_dir: Path, events: Sequence[str]) -> Result:
     from ..demo import plan, script, verify
+    from ..demo.frames import POOL_BYTES
     from ..demo.sender import Sender
     from ..demo.stage import Writer
 
@@ -253,7 +253,7 @@ def _sending(total: int | None) -> Iterator[tuple[Callable[[str], None], Callabl
 
         def on_bytes(count: int) -> None:
             nonlocal shown
-            if count - shown >= POOL_BYTES:
+            if count - shown >= DRAW_BYTES:
                 shown = count
                 bar.update(task, completed=count)
 

@@ -8,6 +8,8 @@ from typing import Final, NamedTuple
 FIRST: Final = 1
 LAST: Final = 2
 END: Final = 4
+# Of each end's pool: eight chunks. What is on its way covers a gap up, so it is little.
+POOL_BYTES: Final = 512 * 1024
 
 # Sequence number, flags, bytes of the name that follows (only with FIRST); then the file's bytes.
 HEADER: Final = struct.Struct("<QBxH")

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from snap import ipc
 
-from .frames import END, FIRST, LAST, Frame, parse
+from .frames import END, FIRST, LAST, POOL_BYTES, Frame, parse
 from .gaps import Timeline
 
 IDLE_SECONDS = 0.1
@@ -134,7 +134,10 @@ class Writer:
 def main(runtime_dir: str, root: str) -> None:
     assembler = Assembler(Path(root))
     timeline = Timeline()
-    with ipc.connect(runtime_dir=runtime_dir) as client, client.open("relay-out") as channel:
+    with (
+        ipc.connect(runtime_dir=runtime_dir) as client,
+        client.open("relay-out", down_bytes=POOL_BYTES) as channel,
+    ):
         writer = Writer(channel, assembler, timeline)
         writer.run()
     assembler.close()
