@@ -51,6 +51,9 @@ from .seats import Seat
 
 LINK_FD: Final = "SNAP_LINK_FD"
 _STANDARD: Final = 3
+_SWITCH: Final = 0.0005
+"""Seconds."""
+
 _KERNEL_GONE_GRACE: Final = 2.0
 _TRACEBACK: Final = 16_384
 """Characters of a traceback that fit a message whatever they are; its end says most."""
@@ -284,6 +287,8 @@ def main() -> NoReturn:
         )
     fd = int(given)
     close_others(fd)
+    # A busy engine lets the main thread have its turn after this, and not only after ten times as long.
+    sys.setswitchinterval(_SWITCH)
     # Ctrl-C at a terminal reaches the whole process group; the kernel alone decides who stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
