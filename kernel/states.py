@@ -26,6 +26,9 @@ from .store import Store
 FATAL_ADOPTIONS: Final = 2
 """Adoptions without one whole poll in between after which a state is poison."""
 
+FATAL_DEATHS: Final = 3
+"""Deaths by an engine's own doing at the same commit: of who brought it there, and of two who adopted it."""
+
 KEPT_POISONED: Final = 4
 _PAGE: Final = 4096
 
@@ -39,6 +42,8 @@ class Seat:
     segment: Segment
     number: int
     schema: StateSchema | None = None
+    deaths: int = 0
+    died_at: int = -1
     pending: dict[int, tuple[Segment, int, StateSchema]] = field(default_factory=dict)
     """Segments that generations fill from this one, with their numbers."""
 
@@ -100,9 +105,21 @@ class States:
                     self._discard(name, segment, number)
                     _stop_tracking(seat.segment)
 
+    def blame(self, engine: str) -> None:
+        """The engine ended its process. What it did not commit comes again: the same end at the same commit is no
+        accident."""
+        seat = self.seats[engine]
+        epoch = int(_header(seat.segment).get("epoch", 0))
+        seat.deaths = seat.deaths + 1 if epoch == seat.died_at else 1
+        seat.died_at = epoch
+
     def poisoned(self) -> list[str]:
         """Engines whose state has killed everybody who adopted it lately."""
-        return [engine for engine, seat in self.seats.items() if _adoptions(seat.segment) >= FATAL_ADOPTIONS]
+        return [
+            engine
+            for engine, seat in self.seats.items()
+            if seat.deaths >= FATAL_DEATHS or _adoptions(seat.segment) >= FATAL_ADOPTIONS
+        ]
 
     def replace(self, engine: str, reason: str) -> None:
         """Keep the state aside for inspection, and go on with a blank one. Raises ResourceError."""
@@ -111,6 +128,7 @@ class States:
         segment, number = self._blank(engine, seat.size)
         self._discard(engine, seat.segment, seat.number)
         seat.segment, seat.number, seat.schema = segment, number, None
+        seat.deaths, seat.died_at = 0, -1
         self._emit("state.poisoned", {"engine": engine, "reason": reason, "kept": kept})
 
     def close(self) -> None:
