@@ -145,7 +145,6 @@ class Runner:
         self._since = time.time()
         self._stale = 0
         self._reporting: dict[Incarnation, asyncio.TimerHandle] = {}
-        store.put(f"gate.{self.name}", [self.gate.segment.fd])
 
     # -- facts and requests -----------------------------------------------------------------------------------
 
@@ -216,6 +215,8 @@ class Runner:
     def spawn(self, found: Found, generation: int | None = None) -> Incarnation:
         """A new process, which gets ready and waits. Raises SnapError, OSError, with nothing left behind."""
         self.states.open(found.manifest)
+        # Not earlier: a new kernel must not put its own page in the place of the one that it is about to take over.
+        self._store.put(f"gate.{self.name}", [self.gate.segment.fd])
         number = self.machine.next_generation() if generation is None else generation
         incarnation = Incarnation(number, found, self.log)
         incarnation.start(
@@ -564,8 +565,9 @@ class Runner:
 
         Raises KeyError for what is not there, and SnapError.
         """
-        self.gate.close()
-        self.gate = GatePage(take(f"gate.{self.name}")[0])
+        if record["processes"] or record["states"]["seats"]:
+            self.gate.close()
+            self.gate = GatePage(take(f"gate.{self.name}")[0])
         self.found, self.origin = packages.restored(record["found"]), packages.restored(record["origin"])
         self.states.restore(record["states"], take)
         self.kept = {name: take(f"keep.{self.name}.{name}")[0] for name in record["kept"]}
