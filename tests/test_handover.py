@@ -246,7 +246,8 @@ def test_a_death_at_a_step_of_the_hand_over_loses_and_repeats_nothing(
             attach(second, pair)
             second.prepared()
             wait_for_more(client)
-            (faults / point).write_text("kill")
+            (tmp_path / "fault").write_text("kill")
+            (tmp_path / "fault").rename(faults / point)
             if point != "module.commit":
                 first.tell(Yield(engine="echo"))
             dying, other = (second, first) if point == "module.took" else (first, second)
