@@ -25,6 +25,8 @@ def reach(point: str) -> None:
 def _reach(file: Path) -> None:
     try:
         action = file.read_text().strip()
+        if not action:
+            return  # it is just being written
         file.unlink()
     except FileNotFoundError:
         return
