@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,11 @@ from .states import States
 from .store import Store
 from .supervision import Action, Supervision
 
+_ORDERS: Final[protocol.Decoder[Any]] = protocol.Decoder(protocol.ToModule)
 REPORT_DEADLINE: Final = 10.0
+_CULPRIT: Final = re.compile(r"\bengine ([a-z][a-z0-9_-]*)(?::| hung)")
+"""Who ended a process, in what is said of its end."""
+
 STANDBY_PAUSE: Final = 1.0
 """Seconds before a standby that ended is replaced."""
 
@@ -144,6 +149,7 @@ class Runner:
         self._seen = (machine.state, machine.since)
         self._since = time.time()
         self._stale = 0
+        self._suspect = False
         self._reporting: dict[Incarnation, asyncio.TimerHandle] = {}
 
     # -- facts and requests -----------------------------------------------------------------------------------
@@ -381,8 +387,11 @@ class Runner:
         self.states.close()
         self._forget_kept()
 
+    def _poisoned(self) -> list[str]:
+        return self.states.poisoned() if self._suspect else []
+
     def _discard_poison(self) -> None:
-        for engine in self.states.poisoned():
+        for engine in self._poisoned():
             self._replace_state(engine, "it killed everybody who adopted it lately")
 
     def _replace_state(self, engine: str, reason: str) -> None:
@@ -486,11 +495,18 @@ class Runner:
             incarnation.error = f"engine {engine} refused its state: {text}"
             if incarnation is self.standby:
                 self.dismiss_standby()
-        elif code == StateDamagedError.code and engine in self.states.seats and self.follower is None:
+        elif self.follower is None and self._is_damage(incarnation, engine, code):
             self._replace_state(engine, text)
             self._prepare(incarnation, engine)
         else:
             self.misbehaved(incarnation, f"engine {engine} refused its state: {text}")
+
+    def _is_damage(self, incarnation: Incarnation, engine: str, code: str) -> bool:
+        """Whatever the words: code that refuses a state which it should be able to read has found damage."""
+        seat = self.states.seats.get(engine)
+        if seat is None or incarnation.schemas is None:
+            return False
+        return code == StateDamagedError.code or seat.schema == incarnation.schemas[engine]
 
     def _keep(self, name: str, fds: list[int]) -> None:
         old = self.kept.pop(name, None)
@@ -533,9 +549,15 @@ class Runner:
         self.operations.settle()
 
     def _current_exited(self, how: str, clean: bool) -> None:
+        assert self.current is not None
+        # Who is killed from outside says nothing of the state that it had.
+        self._suspect = bool(self.current.error) or how != "killed by SIGKILL"
+        culprit = _CULPRIT.search(self.current.error)
+        if culprit is not None and culprit[1] in self.states.seats:
+            self.states.blame(culprit[1])
         standby = self.standby
         over = self.machine.state == supervision.STOPPING or self.machine.loops(self._now())
-        if standby is None or not standby.ready or over or self.states.poisoned():
+        if standby is None or not standby.ready or over or self._poisoned():
             self.dismiss_standby()
             self.current = None
             self.perform(self.machine.handle_exited(self._now(), how, clean))
@@ -583,12 +605,25 @@ class Runner:
         self.perform(actions)
         return found
 
-    def settle(self, incarnation: Incarnation) -> None:
-        """Of a restored process: one that nobody knows any more (an upgrade was under way) goes, unless it serves."""
-        if incarnation in self.incarnations:
-            self.ask(incarnation)
-        else:
+    def settle(self, incarnation: Incarnation, fds_of: Callable[[Any], list[int]]) -> None:
+        """Of a restored process: one that nobody knows any more (an upgrade was under way) goes. Others get what may not
+        have been sent, but for what comes of their report; `fds_of` gives the descriptors of a message."""
+        if incarnation not in self.incarnations:
             incarnation.kill()
+            return
+        for data in incarnation.unsent:
+            message = _ORDERS.decode(data)
+            match message:
+                case protocol.Configure():
+                    incarnation.kill()  # it knows nothing yet: another one is as good
+                    return
+                case protocol.Attach() | protocol.Detach() | protocol.Report() | protocol.Check():
+                    pass
+                case protocol.Prepare(engine=engine):
+                    incarnation.unprepared.add(engine)
+                case _:
+                    incarnation.send(message, fds_of(message))
+        self.ask(incarnation)
 
     def ask(self, incarnation: Incarnation) -> None:
         """What it holds is compared with what was recorded; one that does not say it in time is killed."""
@@ -603,6 +638,7 @@ class Runner:
         segment = Segment.adopt(page, _native.StatsPage.BYTES)
         incarnation = Incarnation(generation, packages.restored(record["found"]), self.log, segment)
         incarnation.error, incarnation.faults = record["error"], record["faults"]
+        incarnation.unsent = record["unsent"]
         incarnation.prepared, incarnation.running = set(record["prepared"]), set(record["running"])
         if record["schemas"] is not None:
             incarnation.schemas = msgspec.convert(record["schemas"], dict[str, protocol.StateSchema])
@@ -630,6 +666,8 @@ class Runner:
             if engine in incarnation.engines and engine in self.states.seats:
                 if stage == "running" and engine not in incarnation.running:
                     self._took(incarnation, engine)
+                elif stage == "loading" and engine in incarnation.unprepared:
+                    self._prepare(incarnation, engine)
                 elif stage != "running":
                     incarnation.running.discard(engine)
                     (incarnation.prepared.add if stage == "prepared" else incarnation.prepared.discard)(
