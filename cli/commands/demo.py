@@ -134,7 +134,7 @@ def _run(
         raise UsageError(f"{path}: {error.strerror}", "give another --path") from error
     runtime_dir = settings.runtime_dir or stage.folder / "run"
     with ExitStack() as stack:
-        stage.start_kernel(runtime_dir)
+        stage.start_kernel(runtime_dir, "--respawn")
         with ControlClient(runtime_dir) as operator:
             for module in MODULES:
                 operator.call("module.start", timeout=READY_SECONDS, name=module, wait=True)

@@ -51,7 +51,7 @@ def up(settings: Settings, foreground: bool, policy: Path | None, module_paths: 
         command += ["--module-path", str(path.absolute())]
     if foreground:
         os.execv(command[0], [*command, "--foreground"])
-    pid = _start(settings, directory, command)
+    pid = _start(settings, directory, [*command, "--respawn"])
     if settings.output == "json":
         from ..output import print_json
 

@@ -43,6 +43,7 @@ class Stage:
         self._keep = keep
         self._children: list[subprocess.Popen[bytes]] = []
         self._kernels: list[Path] = []
+        self._exits = contextlib.ExitStack()
         self._held = True
         self._interrupted = False
 
@@ -63,6 +64,7 @@ class Stage:
             _end(self._children.pop())
         self._end_orphans()
         _adopt_orphans(False)
+        self._exits.close()
         if not self._keep:
             shutil.rmtree(self.folder, ignore_errors=True)
         for number, handler in zip(SIGNALS, self._before, strict=True):
@@ -100,17 +102,14 @@ class Stage:
         runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._kernels.append(runtime_dir)
         log = runtime_dir / paths.KERNEL_LOG
-        ready = self.folder / "ready.sock"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices, log.open("ab") as out:
-            notices.bind(os.fspath(ready))
-            try:
-                arguments = ("--runtime-dir", os.fspath(runtime_dir), *options)
-                child = self.start(
-                    "snap.kernel", *arguments, out=out, err=out, NOTIFY_SOCKET=os.fspath(ready)
-                )
-                _await_ready(child, notices, log)
-            finally:
-                ready.unlink()
+        ready = self.folder / f"ready{len(self._kernels)}.sock"
+        # It stays: a kernel that takes the place of this one reports there as well.
+        notices = self._exits.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        notices.bind(os.fspath(ready))
+        with log.open("ab") as out:
+            arguments = ("--runtime-dir", os.fspath(runtime_dir), *options)
+            child = self.start("snap.kernel", *arguments, out=out, err=out, NOTIFY_SOCKET=os.fspath(ready))
+        _await_ready(child, notices, log)
 
     def _end_orphans(self) -> None:
         """What a killed kernel left: by the order of the kernel that took its place, by SIGTERM, by force."""
