@@ -29,6 +29,7 @@ PER_UID: Final = 256
 HELLO_DEADLINE: Final = 10.0
 PAUSE: Final = 0.5
 _DECODER: Final[protocol.Decoder[Any]] = protocol.Decoder(protocol.FromPrincipal)
+_ANSWERS: Final[protocol.Decoder[Any]] = protocol.Decoder(protocol.ToPrincipal)
 
 
 def listen(path: Path) -> socket.socket:
@@ -50,7 +51,7 @@ class Application:
     def __init__(self, server: Bootstrap, sock: socket.socket, identity: Identity, number: int) -> None:
         self.identity, self.number = identity, number
         self._server = server
-        self._heard: set[int] | None = None
+        self._adopted = False
         self._principal: Principal | None = None
         server.store.put(f"app.{number}", [sock.fileno()])
         self._connection = Connection(
@@ -65,14 +66,20 @@ class Application:
     def record(self) -> list[Any]:
         who = self.identity
         owner = None if self._principal is None else self._principal.id
-        return [self.number, who.uid, who.gid, who.pid, owner]
+        return [self.number, who.uid, who.gid, who.pid, owner, self._connection.unsent]
 
     def adopt(self, principal: dict[str, Any] | None) -> None:
         """Its connection was an earlier kernel's, which knew it as `principal` (None: it had not said Hello)."""
         if principal is not None:
             self._deadline.cancel()
             self._principal = self._server.desk.readmit(principal, self._connection.send, self.close)
-        self._heard = set()
+        self._adopted = True
+
+    def announce(self, unsent: list[bytes], fds_of: Callable[[Any], list[int]]) -> None:
+        """First what the earlier kernel had for it and perhaps did not send, then that it may ask again."""
+        for data in unsent:
+            message = _ANSWERS.decode(data)
+            self._connection.send(message, fds_of(message))
         self._connection.send(protocol.Adopted(kernel_pid=os.getpid()))
 
     def refuse(self, error: QuotaError | ProtocolError, seq: int = 0) -> None:
@@ -88,14 +95,9 @@ class Application:
             if len(data) > protocol.MAX_REQUEST:
                 raise ProtocolError(f"request of {len(data)} bytes exceeds {protocol.MAX_REQUEST}")
             message = _DECODER.decode(data)
-            if self._heard is not None:
-                # It asks again what it asked the earlier kernel; what still lay in the socket comes twice then.
-                if message.seq in self._heard and message.seq:
-                    return
-                self._heard.add(message.seq)
             if self._principal is None:
                 self._hello(message)
-            elif isinstance(message, protocol.Hello) and self._heard is not None:
+            elif isinstance(message, protocol.Hello) and self._adopted:
                 self._welcome(message.seq)
             elif isinstance(message, protocol.Hello):
                 raise ProtocolError("Hello was said already")
@@ -152,6 +154,7 @@ class Bootstrap:
         self._applications: set[Application] = set()
         self._per_uid: Counter[int] = Counter()
         self._last = 0
+        self._announcements: list[tuple[Application, list[bytes]]] = []
         self._loop = asyncio.get_running_loop()
         self._pause: asyncio.TimerHandle | None = None
         sock.setblocking(False)
@@ -182,10 +185,18 @@ class Bootstrap:
     ) -> None:
         """Go on with the connections of an earlier kernel, whose records of `principals` are by name."""
         self._last = record["last"]
-        for number, uid, gid, pid, owner in record["connections"]:
+        self._announcements = []
+        for number, uid, gid, pid, owner, unsent in record["connections"]:
             sock = socket.socket(fileno=take(f"app.{number}")[0])
             application = self._admit(sock, Identity(uid, gid, pid), number)
             application.adopt(None if owner is None else principals.pop(owner))
+            self._announcements.append((application, unsent))
+
+    def announce(self, fds_of: Callable[[Any], list[int]]) -> None:
+        """When all is restored. `fds_of` gives the descriptors that go with a message."""
+        for application, unsent in self._announcements:
+            application.announce(unsent, fds_of)
+        self._announcements = []
 
     def note(self, identity: Identity, reason: str) -> None:
         """A connection was refused or misused."""

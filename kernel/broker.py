@@ -428,6 +428,11 @@ class Broker:
             elif channel.state != OPEN:
                 self._set_timer(channel, MAP_DEADLINE, "was not set up")
 
+    def fds_of(self, message: Any) -> list[int]:
+        """What goes with an answer of an earlier kernel."""
+        number = message.channel if isinstance(message, protocol.Opened) else 0
+        return self.channels[number].fds if number in self.channels else []
+
     def held(self, runner: Runner, incarnation: Incarnation, channels: dict[int, int]) -> None:
         """A process of an earlier kernel says which channels it has: give it what it lacks, take what is no more."""
         for channel in self._of(runner):

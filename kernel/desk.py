@@ -72,7 +72,7 @@ class Desk:
         bucket = TokenBucket(quota.requests_per_second, self._loop.time())
         identity = Identity(uid, gid, pid, module)
         principal = Principal(record["id"], record["badge"], identity, quota, bucket, send, drop)
-        principal.services = record["services"]
+        principal.services, principal.heard = record["services"], set()
         self.principals[principal.id] = principal
         return principal
 
@@ -91,6 +91,8 @@ class Desk:
 
     def request(self, principal: Principal, message: Any) -> None:
         """Answer one decoded request. Never raises what a principal can cause."""
+        if not principal.hears(message.seq):
+            return
         if not principal.bucket.take(self._loop.time()):
             self._refuse(principal, message.seq)
             return

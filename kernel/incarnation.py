@@ -45,6 +45,9 @@ class Incarnation:
         self.prepared: set[str] = set()
         self.running: set[str] = set()
         self.error = ""
+        self.unsent: list[bytes] = []
+        """Orders of an earlier kernel, encoded, which may or may not have left."""
+        self.unprepared: set[str] = set()
         self.faults = 0
         self.log = LogPipe(log)
         self.page = page or Segment.create(_native.StatsPage.BYTES)
@@ -128,6 +131,7 @@ class Incarnation:
             "running": sorted(self.running),
             "error": self.error,
             "faults": self.faults,
+            "unsent": [] if self.link is None else self.link.unsent,
         }
 
     @property

@@ -102,7 +102,14 @@ class Kernel:
         self._begin_record(listener)
         self._heartbeats = asyncio.get_running_loop().create_task(self._watch_heartbeats())
         self.events.emit("kernel.started", "kernel", pid=os.getpid(), version=VERSION)
+        if adoption is not None:
+            adoption.confirm()
         self.outbox.flush()
+
+    @property
+    def copies(self) -> Sequence[int]:
+        """Descriptors of the record."""
+        return self._record.fds
 
     # -- modules ----------------------------------------------------------------------------------------------
 
@@ -258,7 +265,8 @@ class Kernel:
         )
         self.upgrades.restore(data["upgrades"])
         for runner, incarnation in processes:
-            runner.settle(incarnation)
+            runner.settle(incarnation, self.broker.fds_of)
+        self._bootstrap.announce(self.broker.fds_of)
         self.desk.schedule_expiry()
         for runner in self.runners.values():
             self._on_changed(runner)

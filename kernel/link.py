@@ -73,6 +73,11 @@ class Connection:
         self._held += 1
         self._outbox.add(self._release)
 
+    @property
+    def unsent(self) -> list[bytes]:
+        """What waits to leave, encoded. Descriptors that belong to it are not in there."""
+        return [data for data, _ in self._unsent]
+
     def fileno(self) -> int:
         return self._sock.fileno()
 

@@ -48,6 +48,8 @@ class Principal:
     channels: set[int] = field(default_factory=set)
     waiting: int = 0
     services: dict[str, int] = field(default_factory=dict)
+    heard: set[int] | None = None
+    """Requests since an earlier kernel had this principal, which asks again what that may have lost: by number."""
 
     def reserve(self, count: int) -> None:
         """Count `count` bytes of a new channel against the quota. Raises QuotaError, which names what is used up."""
@@ -69,6 +71,14 @@ class Principal:
             "identity": [self.identity.uid, self.identity.gid, self.identity.pid, self.identity.module],
             "services": dict(self.services),
         }
+
+    def hears(self, seq: int) -> bool:
+        """Whether a request is new: what still lay unread when the kernel changed comes a second time."""
+        if self.heard is None or not seq:
+            return True
+        known = seq in self.heard
+        self.heard.add(seq)
+        return not known
 
     def fail(self, seq: int, code: str, message: str, hint: str = "") -> None:
         self.send(Failure(seq=seq, code=code, message=message[:1000], hint=hint[:1000]), ())

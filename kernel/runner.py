@@ -606,8 +606,9 @@ class Runner:
         return found
 
     def settle(self, incarnation: Incarnation, fds_of: Callable[[Any], list[int]]) -> None:
-        """Of a restored process: one that nobody knows any more (an upgrade was under way) goes. Others get what may not
-        have been sent, but for what comes of their report; `fds_of` gives the descriptors of a message."""
+        """Of a restored process: one that nobody knows any more (an upgrade was under way) goes. Others get
+        what may not have been sent, but for what comes of their report; `fds_of` gives the descriptors of a
+        message."""
         if incarnation not in self.incarnations:
             incarnation.kill()
             return
