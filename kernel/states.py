@@ -179,7 +179,7 @@ class States:
                 segment(each["number"]),
                 each["number"],
                 _schema_restored(each["schema"]),
-                pending,
+                pending=pending,
             )
 
     # -- inside -----------------------------------------------------------------------------------------------
