@@ -15,6 +15,8 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,11 +25,13 @@ import setproctitle
 from snap.dataplane.errors import BusyError, DeniedError, ResourceError, SnapError
 from snap.ipc import paths
 
-from . import bootstrap, keeper, policy, sdnotify
+from . import bootstrap, keeper, policy, sdnotify, sdstore
 from .control import Control
 from .kernel import VERSION, Kernel, Settings
 from .operators import Operators
+from .sdstore import SystemdStore
 from .store import KeeperStore
+from .succession import OPTION, Heir, Succession
 from .takeover import LISTENER, Adoption, adoption
 
 DESCRIPTION: Final = """\
@@ -86,6 +90,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long modules wait for a new kernel when this process dies (default: %(default)g)",
     )
+    options.add_argument(
+        "--fd-store",
+        type=int,
+        metavar="COUNT",
+        help="the service manager keeps so many descriptors (systemd 254 and newer say so themselves)",
+    )
+    options.add_argument(OPTION, help=argparse.SUPPRESS)
     options.add_argument("--version", action="version", version=f"snap-kernel {VERSION}")
     return options
 
@@ -107,8 +118,8 @@ def prepare(directory: Path) -> None:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold the runtime directory. Raises BusyError naming the pid of the kernel that holds it."""
+def locked(directory: Path) -> Iterator[int]:
+    """Hold the runtime directory, by the descriptor that comes out. Raises BusyError naming the pid of who holds it."""
     fd = os.open(directory / paths.LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         try:
@@ -121,7 +132,7 @@ def locked(directory: Path) -> Iterator[None]:
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         try:
-            yield
+            yield fd
         finally:
             os.ftruncate(fd, 0)
     finally:
@@ -136,20 +147,40 @@ def _holder(fd: int) -> str:
     return "unknown"
 
 
-async def serve(settings: Settings, grace: float = keeper.GRACE, command: Sequence[str] = ()) -> None:
-    """Run a kernel until it is told to stop. When it dies its keeper waits `grace` seconds for a new one, which
-    `command` starts unless that is empty. Raises SnapError, OSError."""
-    activated = sdnotify.activated_sockets()
+@dataclass(frozen=True)
+class Start:
+    """How a kernel was started: `command` are the arguments after the interpreter that do it again, `lock` is the
+    descriptor of its lock. With `respawn` its keeper does it, else that waits `grace` seconds for somebody who
+    does. `heir` in an upgrade of the kernel."""
+
+    command: Sequence[str]
+    lock: int
+    grace: float = keeper.GRACE
+    respawn: bool = False
+    heir: Heir | None = None
+
+
+async def serve(settings: Settings, start: Start) -> None:
+    """Run a kernel until it is told to stop. Raises SnapError, OSError."""
+    stored, passed = sdstore.split(sdnotify.passed())
+    activated = sdnotify.activated_sockets(passed)
     listener = activated.pop("bootstrap", None)
     for name in activated:
         raise ResourceError(
             f"activated socket {name!r} is unknown here", "name it bootstrap in the socket unit"
         )
-    store = KeeperStore(settings.runtime_dir, grace, command)
+    store: KeeperStore | SystemdStore
+    if sdstore.wanted():
+        store = SystemdStore(stored if start.heir is None else start.heir.given)
+    else:
+        again = [sys.executable, *start.command] if start.respawn else []
+        store = KeeperStore(settings.runtime_dir, start.grace, again)
     left: Adoption | None = None
     try:
         left = adoption(store)
-        await _serve(settings, store, listener, left)
+        if left is not None and start.heir is not None:
+            left.confirm = start.heir.confirm
+        await _serve(settings, start, store, listener, left)
     except SnapError:
         # What an earlier kernel left and this one cannot take over is for another one to take.
         if left is not None or not store.fresh:
@@ -160,7 +191,11 @@ async def serve(settings: Settings, grace: float = keeper.GRACE, command: Sequen
 
 
 async def _serve(
-    settings: Settings, store: KeeperStore, listener: socket.socket | None, left: Adoption | None
+    settings: Settings,
+    start: Start,
+    store: KeeperStore | SystemdStore,
+    listener: socket.socket | None,
+    left: Adoption | None,
 ) -> None:
     loop = asyncio.get_running_loop()
     path = settings.runtime_dir / paths.BOOTSTRAP
@@ -168,26 +203,47 @@ async def _serve(
     if listener is not None and given is not None:
         given.close()
     with nullcontext(listener) if listener else _own_socket(path, given) as sock:
-        kernel = Kernel(settings, sock, store, left)
+        try:
+            kernel = Kernel(settings, sock, store, left)
+        except Exception as error:
+            if start.heir is not None:
+                start.heir.fail(str(error))
+            raise
         store.report = lambda kind, data: kernel.events.emit(kind, "kernel", **data)
         loop.set_exception_handler(lambda _, context: _note_fault(kernel, context))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, kernel.stopping.set)
+        leave = partial(_leave, kernel) if isinstance(store, SystemdStore) else kernel.stopping.set
+        loop.add_signal_handler(signal.SIGTERM, leave)
+        loop.add_signal_handler(signal.SIGINT, kernel.stopping.set)
         watchdog = loop.create_task(_feed_watchdog())
+        succession = Succession(kernel, VERSION, start.command, start.lock, store)
         try:
-            control = Control(settings.runtime_dir, Operators(kernel), kernel.events, kernel.outbox)
+            operators = Operators(kernel, succession)
+            control = Control(settings.runtime_dir, operators, kernel.events, kernel.outbox)
             try:
+                if start.heir is not None:
+                    start.heir.report(kernel, VERSION)
                 kernel.autostart()
                 sdnotify.notify("READY=1", f"STATUS=serving {settings.runtime_dir}")
                 await kernel.stopping.wait()
             finally:
                 with suppress(SnapError):
                     sdnotify.notify("STOPPING=1")
+                succession.close()
                 await kernel.stop()
                 await control.close()
         finally:
             watchdog.cancel()
             kernel.close()
+
+
+def _leave(kernel: Kernel) -> None:
+    """Whether another kernel comes is the service manager's affair: it keeps everything over a restart, and closes it
+    at a stop, by which the modules end."""
+    kernel.events.emit("kernel.left", "kernel", pid=os.getpid())
+    kernel.outbox.flush()
+    with suppress(SnapError):
+        sdnotify.notify("STOPPING=1")
+    os._exit(0)
 
 
 @contextmanager
@@ -232,7 +288,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     setproctitle.setproctitle("snap: kernel")
     os.umask(0o077)
+    if options.fd_store is not None:
+        os.environ[sdstore.VARIABLE] = str(options.fd_store)
+    heir: Heir | None = None
     try:
+        if options.takeover is not None:
+            heir = Heir(options.takeover)
         settings = Settings(
             runtime_dir=paths.runtime_dir(options.runtime_dir),
             policy=policy.load(options.policy),
@@ -241,17 +302,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             log_level=options.log_level,
         )
         prepare(settings.runtime_dir)
-        with locked(settings.runtime_dir):
+        with locked(settings.runtime_dir) if heir is None else heir.locked() as lock:
             _raise_descriptor_limit()
-            again = [sys.executable, "-P", "-m", "snap.kernel", *arguments] if options.respawn else []
-            asyncio.run(serve(settings, options.orphan_grace, again))
+            if heir is not None:
+                heir.prepare(VERSION)
+            start = Start(_again(arguments), lock, options.orphan_grace, options.respawn, heir)
+            asyncio.run(serve(settings, start))
     except SnapError as error:
         print(f"snap-kernel: {error}", file=sys.stderr)
+        if heir is not None:
+            heir.fail(str(error))
         return error.exit_code
     except OSError as error:
         print(f"snap-kernel: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _again(arguments: Sequence[str]) -> list[str]:
+    """What starts such a kernel again, after the interpreter."""
+    words = list(arguments)
+    if OPTION in words:
+        at = words.index(OPTION)
+        del words[at : at + 2]
+    return ["-P", "-m", "snap.kernel", *words]
 
 
 def _raise_descriptor_limit() -> None:

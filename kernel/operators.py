@@ -17,6 +17,7 @@ from .audit import AuditRecord
 from .desk import unix_time
 from .kernel import Kernel
 from .policy import Identity
+from .succession import Succession
 
 
 class Args(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,6 +78,12 @@ class Upgrade(Args, frozen=True):
     wait: bool = True
 
 
+class Source(Args, frozen=True):
+    """`source`: an interpreter, or the directory of an environment; None: what is installed now."""
+
+    source: str | None = None
+
+
 class History(Args, frozen=True):
     name: str | None = None
 
@@ -91,12 +98,14 @@ class _Operation:
 class Operators:
     """Checks and carries out operations on a kernel."""
 
-    def __init__(self, kernel: Kernel) -> None:
-        self._kernel = kernel
+    def __init__(self, kernel: Kernel, succession: Succession | None = None) -> None:
+        """`succession` upgrades the kernel itself."""
+        self._kernel, self._succession = kernel, succession
         look, act = "inspect", "operate"
         self._operations: Final = {
             "kernel.status": _Operation(look, Args, self._status),
             "kernel.stop": _Operation(act, Args, self._stop),
+            "kernel.upgrade": _Operation(act, Source, self._upgrade_kernel),
             "module.list": _Operation(look, Args, self._modules),
             "module.show": _Operation(look, Name, self._module),
             "module.start": _Operation(act, Change, self._start_module),
@@ -169,6 +178,11 @@ class Operators:
         # Not before this answer is on its way.
         asyncio.get_running_loop().call_later(0.05, self._kernel.stopping.set)
         return {}
+
+    async def _upgrade_kernel(self, who: Identity, args: Source, within: float) -> UpgradeView:
+        if self._succession is None:
+            raise UsageError("this kernel cannot be upgraded", "it is not run by `snap-kernel`")
+        return self._succession.begin(args.source)
 
     # -- modules ----------------------------------------------------------------------------------------------
 

@@ -51,6 +51,10 @@ class Record:
         store.put(NAME, fds)
         return cls(fds, 0)
 
+    @property
+    def fds(self) -> Sequence[int]:
+        return self._fds
+
     @classmethod
     def adopt(cls, fds: Sequence[int]) -> tuple[Record, dict[str, Any]]:
         """Go on with a record that an earlier kernel left, and what is in it. The descriptors are the record's now.

@@ -17,6 +17,7 @@ from snap.ipc.seqpacket import close_all
 
 from . import sdnotify
 
+VARIABLE: Final = "FDSTORE"
 _LONGEST: Final = 255
 _STORED: Final = re.compile(r"([^~]+)~(\d+)~(\d+)")
 
@@ -61,15 +62,16 @@ class SystemdStore:
         report: Callable[[str, dict[str, object]], None] = lambda kind, data: None,
     ) -> None:
         """`stored` is what `split` found; the descriptors are the store's until they are taken."""
-        self._stored, self._report = stored, report
-        self._held = {name: len(fds) for name, fds in stored.items()}
+        self._stored, self.report = stored, report
+        self.fresh = not stored
+        self.held = {name: tuple(fds) for name, fds in stored.items()}
         self._most = _limit()
         self._full = False
 
     def put(self, name: str, fds: Sequence[int]) -> None:
         self.remove(name)
-        self._held[name] = len(fds)
-        if sum(self._held.values()) > self._most:
+        self.held[name] = tuple(fds)
+        if sum(map(len, self.held.values())) > self._most:
             self._fail(f"more than {self._most} descriptors: raise FileDescriptorStoreMax=")
         for index, fd in enumerate(fds):
             label = _label(name, index, len(fds))
@@ -80,19 +82,21 @@ class SystemdStore:
             self._tell(["FDSTORE=1", "FDPOLL=0", f"FDNAME={label}"], [fd])
 
     def remove(self, name: str) -> None:
-        for index in range(count := self._held.pop(name, 0)):
-            self._tell(["FDSTOREREMOVE=1", f"FDNAME={_label(name, index, count)}"])
+        fds = self.held.pop(name, ())
+        for index in range(len(fds)):
+            self._tell(["FDSTOREREMOVE=1", f"FDNAME={_label(name, index, len(fds))}"])
 
     def take(self) -> dict[str, list[int]]:
         found, self._stored = self._stored, {}
         return found
 
     def detach(self) -> None:
-        """Leave it to the kernel that systemd starts next, if it does."""
+        """Leave it to the kernel that comes next. Idempotent."""
+        self.held.clear()
 
     def close(self) -> None:
         """Nothing is to outlive this kernel. Idempotent."""
-        for name in list(self._held):
+        for name in list(self.held):
             self.remove(name)
         for fds in self.take().values():
             close_all(fds)
@@ -106,11 +110,11 @@ class SystemdStore:
     def _fail(self, reason: str) -> None:
         if not self._full:
             self._full = True
-            self._report("store.exhausted", {"error": reason})
+            self.report("store.exhausted", {"error": reason})
 
 
 def _limit() -> int:
-    text = os.environ.get("FDSTORE", "")
+    text = os.environ.get(VARIABLE, "")
     return int(text) if text.isdecimal() else 0
 
 

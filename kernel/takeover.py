@@ -21,6 +21,8 @@ class Adoption:
         """`found` is what `store` holds, record included. Raises SchemaError, StateDamagedError; nothing is touched
         then but the descriptors in `found`, which are closed."""
         self._store, self._found = store, found
+        self.confirm: Callable[[], None] = lambda: None
+        """Called when all is taken over, before the first word to anybody."""
         try:
             self.record, self.data = Record.adopt(found[NAME])
         except BaseException:

@@ -98,6 +98,19 @@ class Upgrades:
         found = sorted([*self._history, *under_way], key=lambda view: view.id)
         return [view for view in found if name in (None, view.module)]
 
+    def number(self) -> int:
+        """For an upgrade that is none of a module."""
+        self._last += 1
+        return self._last
+
+    def note(self, view: UpgradeView) -> None:
+        """How an upgrade is that is none of a module."""
+        for index, known in enumerate(self._history):
+            if known.id == view.id:
+                self._history[index] = view
+                return
+        self._history.append(view)
+
     def view(self, number: int) -> UpgradeView:
         """Raises NotFoundError."""
         for view in self.views():
