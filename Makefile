@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: install ## a kernel, a real directory tree through a module that is restarted in the middle, a table (DIR=/any/tree)
+demo: install ## a real directory tree through a module that is upgraded, killed and rolled back meanwhile (DIR=/any/tree)
 	@$(BIN)/snapctl demo $(if $(DIR),--path "$(DIR)") $(ARGS)
 
 test: test-rust test-python ## everything: Rust unit, property and loom tests, then pytest against the installed wheel
