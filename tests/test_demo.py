@@ -71,7 +71,7 @@ def test_a_tree_arrives_whole_whatever_happens_to_the_module_meanwhile(tree: Pat
     assert [one["event"] for one in seen["events"]] == EVENTS
     upgrade, kill, kernel, rollback = seen["events"]
     assert upgrade["engine_ns"] > 0 and rollback["engine_ns"] > 0
-    assert kill["engine_ns"] <= kill["gap_ns"] or kill["engine_ns"] > 0
+    assert kill["engine_ns"] > 0
     assert kernel["engine_ns"] is None
     assert all(one["bytes_per_second"] > 0 and one["gap_ns"] > 0 for one in (seen["quiet"], *seen["events"]))
     assert seen["skipped"] == {"symbolic links": 1}
