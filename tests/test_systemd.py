@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -17,7 +18,8 @@ from typing import IO
 import pytest
 
 from snap.dataplane.errors import ResourceError
-from snap.ipc import paths
+from snap.ipc import connect, paths
+from snap.ipc.control import ControlClient
 from snap.kernel import sdnotify, sdstore
 
 UNITS = Path(__file__).resolve().parent.parent / "systemd"
@@ -378,3 +380,93 @@ def test_a_store_that_is_full_is_reported_once(keeping: Manager, monkeypatch: py
 def test_a_manager_that_keeps_nothing_is_not_asked_to(manager: socket.socket) -> None:
     assert not sdstore.wanted()
     manager.close()
+
+
+LAUNCH = """
+import fcntl, os, sys
+names, fds, argv = sys.argv[1], [int(fd) for fd in sys.argv[2].split(",")], sys.argv[3:]
+high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 1000) for fd in fds]
+for index, fd in enumerate(high):
+    os.dup2(fd, 3 + index)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(fds)), "LISTEN_FDNAMES": names}
+os.execv(argv[0], argv)
+"""
+ECHO = """version = 1
+[[allow]]
+who = "any"
+service = "*"
+rights = ["connect", "send", "recv"]
+[[operator]]
+who = "owner"
+rights = ["operate", "inspect"]
+[modules.echo]
+autostart = true
+"""
+
+
+class Service:
+    """A unit as systemd runs it: its kernel is started again with what the manager keeps."""
+
+    def __init__(self, directory: Path, keeping: Manager, listener: socket.socket) -> None:
+        self.directory, self.keeping, self.listener = directory, keeping, listener
+        (directory / "policy.toml").write_text(ECHO)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns when it says that it is ready."""
+        passed = [("bootstrap", self.listener.fileno()), *self.keeping.stored]
+        fds = [fd for _, fd in passed]
+        argv = [sys.executable, "-c", LAUNCH, ":".join(name for name, _ in passed), ",".join(map(str, fds))]
+        argv += [sys.executable, "-m", "snap.kernel", "--runtime-dir", str(self.directory)]
+        argv += ["--policy", str(self.directory / "policy.toml")]
+        with (self.directory / "out").open("ab") as out:
+            self.process = subprocess.Popen(argv, stdout=out, stderr=out, pass_fds=fds)
+        self.until("READY=1")
+
+    def until(self, said: str) -> None:
+        self.keeping.said.clear()
+        end = time.monotonic() + 30
+        while said not in self.keeping.said:
+            assert time.monotonic() < end, (self.directory / "out").read_text()
+            self.keeping.hear()
+            time.sleep(0.01)
+
+    def end(self, number: int) -> int:
+        assert self.process is not None
+        self.process.send_signal(number)
+        code = self.process.wait(30)
+        self.keeping.hear()
+        return code
+
+
+def test_modules_and_channels_outlive_restart_and_death_and_end_at_a_stop(
+    tmp_path: Path, keeping: Manager
+) -> None:
+    with seqpacket(tmp_path / paths.BOOTSTRAP) as listener:
+        service = Service(tmp_path, keeping, listener)
+        service.start()
+        try:
+            with connect(tmp_path) as client, client.open("echo", timeout=30) as channel:
+                with ControlClient(tmp_path, 30) as control:
+                    (module,) = [view for view in control.call("module.list") if view["name"] == "echo"]
+                for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)):
+                    assert service.end(number) == code
+                    channel.send(b"nobody is there")
+                    assert channel.recv(timeout=30) == b"nobody is there"
+                    service.start()
+                    channel.send(b"somebody is there")
+                    assert channel.recv(timeout=30) == b"somebody is there"
+                    assert client.lookup("echo").rights
+                    with ControlClient(tmp_path, 30) as control:
+                        again = control.call("module.show", name="echo")
+                    assert (again["pid"], again["restarts"]) == (module["pid"], 0)
+            assert not (tmp_path / "keeper.sock").exists()
+            assert service.end(signal.SIGTERM) == 0
+            watched = os.pidfd_open(module["pid"])
+            keeping.close()
+            assert select.select([watched], [], [], 30)[0], "the module outlived the stop"
+            os.close(watched)
+        finally:
+            if service.process is not None:
+                service.process.kill()
+                service.process.wait()
