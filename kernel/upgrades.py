@@ -264,7 +264,9 @@ class Upgrades:
     def _interrupted(self, view: UpgradeView) -> UpgradeView:
         runner = self._kernel.runners.get(view.module)
         forward = runner is not None and runner.machine.generation == view.to_generation
-        outcome, reason = ("committed" if forward else "aborted"), "the kernel ended while it was under way"
+        moved = view.phase not in ("queued", "brownout")
+        outcome = "committed" if forward else "rolled_back" if moved else "aborted"
+        reason = "the kernel ended while it was under way"
         view = msgspec.structs.replace(
             view, phase="done", outcome=outcome, reason=reason, finished=time.time()
         )

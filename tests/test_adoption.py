@@ -145,6 +145,17 @@ class Load:
         assert self.error is None, self.error
 
 
+class Opening(threading.Thread):
+    channel: Channel
+
+    def __init__(self, client: Client) -> None:
+        super().__init__()
+        self._client = client
+
+    def run(self) -> None:
+        self.channel = self._client.open("echo", timeout=PATIENCE)
+
+
 @pytest.mark.parametrize("wait", [_native.SPIN, _native.ADAPTIVE], ids=["spinning", "adaptive"])
 def test_kill_9_of_the_kernel_under_load_disturbs_no_client_and_keeps_every_generation(
     tmp_path: Path, wait: int
@@ -285,14 +296,13 @@ def test_a_kernel_that_dies_between_recording_and_answering_is_answered_for_by_t
         running.kill(running.pid())
         running.start(faults=faults)
         for _ in range(4):
-            opened: list[Channel] = []
-            thread = threading.Thread(target=lambda: opened.append(client.open("echo", timeout=PATIENCE)))
+            opening = Opening(client)
             (faults / "kernel.recorded").write_text("kill")
-            thread.start()
+            opening.start()
             running.children[-1].wait(PATIENCE)
             running.start(faults=faults)
-            thread.join(PATIENCE)
-            with opened[0] as channel:
+            opening.join(PATIENCE)
+            with opening.channel as channel:
                 channel.send(b"over")
                 assert channel.recv(timeout=PATIENCE) == b"over"
         load.more(running)
