@@ -209,6 +209,7 @@ async def _serve(
             if start.heir is not None:
                 start.heir.fail(str(error))
             raise
+        store.settle()
         store.report = lambda kind, data: kernel.events.emit(kind, "kernel", **data)
         loop.set_exception_handler(lambda _, context: _note_fault(kernel, context))
         leave = partial(_leave, kernel) if isinstance(store, SystemdStore) else kernel.stopping.set

@@ -6,7 +6,8 @@ everything and exits, and the modules end. It imports next to nothing and decide
 is little in it that could fail.
 
 One datagram is one order: a letter and a name. `P` put (with the descriptors), `R` remove, `T` take (answered
-by a `P` for each name, then `E`), `G` goodbye: nothing is to be kept, exit.
+by a `P` for each name, then `E`), `C` the command that starts a kernel again (a JSON list; empty: nothing
+does), `G` goodbye: nothing is to be kept, exit.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SOCKET: Final = "keeper.sock"
 LOG: Final = "kernel.log"
 GRACE: Final = 30.0
 MAX_FDS: Final = 64
-MAX_ORDER: Final = 512
+MAX_ORDER: Final = 16 * 1024
 RESPAWNS: Final = 5
 RESPAWN_WINDOW: Final = 30.0
 RESPAWN_PAUSE: Final = 0.1
@@ -131,7 +132,7 @@ class Keeper:
     def _serve(self, sock: socket.socket) -> None:
         try:
             letter, name, fds = receive(sock)
-            if letter in ("P", "R", "T"):
+            if letter in ("P", "R", "T", "C"):
                 self._kernels.add(sock)
             match letter:
                 case "P":
@@ -142,6 +143,8 @@ class Keeper:
                     close(self._held.pop(name, ()))
                 case "T":
                     self._give(sock)
+                case "C":
+                    self._command = json.loads(name)
                 case "G":
                     self._over = True
                 case "":

@@ -90,6 +90,9 @@ class SystemdStore:
         found, self._stored = self._stored, {}
         return found
 
+    def settle(self) -> None:
+        """All is taken over."""
+
     def detach(self) -> None:
         """Leave it to the kernel that comes next. Idempotent."""
         self.held.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -127,6 +128,10 @@ class KeeperStore:
         sock.settimeout(PATIENCE)
         self._held.update((name, tuple(fds)) for name, fds in found.items())
         return found
+
+    def settle(self) -> None:
+        """All is taken over: from now on the keeper starts such a kernel as this again."""
+        self._send(f"C{json.dumps(list(self._command))}")
 
     def detach(self) -> None:
         """Leave it to another kernel. Idempotent."""

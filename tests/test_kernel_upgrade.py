@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -15,6 +18,7 @@ import pytest
 from snap.dataplane.errors import DeadlineError, UnreachableError
 from snap.ipc import BusyError, NotFoundError, UsageError
 from snap.ipc.client import Client
+from tests.conftest import KernelProcess
 
 PATIENCE = 30.0
 Start = Callable[..., Any]
@@ -183,3 +187,27 @@ def test_what_is_no_installation_is_refused_and_two_at_once_are_one_too_many(
         with pytest.raises(BusyError, match=f"upgrade {number} of the kernel"):
             control.call("kernel.upgrade")
     assert outcome(one, number)["outcome"] == "aborted"
+
+
+def test_after_an_upgrade_to_another_installation_its_keeper_starts_that_one_again(tmp_path: Path) -> None:
+    """The other installation is this one under another path, made as `venv` does."""
+    venv = Path(sys.executable).parent.parent
+    other = tmp_path / "other"
+    (other / "bin").mkdir(parents=True)
+    (other / "bin" / "python").symlink_to(sys.executable)
+    for name in ("lib", "pyvenv.cfg"):
+        (other / name).symlink_to(venv / name)
+    directory = tmp_path / "run"
+    argv = [sys.executable, "-m", "snap.kernel", "--respawn", "--runtime-dir", str(directory)]
+    with (tmp_path / "output").open("wb") as output:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    one = KernelProcess(process, directory, tmp_path / "output")
+    one.wait_ready()
+    assert upgrade(one, str(other))["outcome"] == "committed"
+    process.wait()
+    second = ask(one, "kernel.status")["pid"]
+    os.kill(second, signal.SIGKILL)
+    until(lambda: ask(one, "kernel.status")["pid"] != second)
+    assert upgrade(one)["from_path"] == str(other / "bin" / "python")
+    assert [view["outcome"] for view in ask(one, "upgrade.history")] == ["committed"] * 2
+    end(one)
