@@ -16,7 +16,7 @@ export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-rust torture lint bench wheel install clean FORCE
+.PHONY: help demo test test-python test-rust torture lint bench bench-upgrade wheel install clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ lint: $(VENV)/installed-lint ## ruff, mypy --strict, rustfmt, clippy
 
 bench: $(VENV)/installed-bench ## Snap beside a Unix socket, ZeroMQ, Pipe and iceoryx2, interleaved (ARGS="--quick")
 	@$(BIN)/snapctl bench $(ARGS)
+
+bench-upgrade: $(VENV)/installed-bench ## upgrades under load, against stop and restore (ARGS="--quick --plot upgrade.png")
+	@$(BIN)/snapctl bench upgrade $(ARGS)
 
 wheel: $(VENV)/ready $(VENV)/sources ## dist/*.whl
 	rm -rf build

@@ -1,7 +1,7 @@
 """The ways of passing messages that are compared: each knows how to set itself up in two processes and to pass bytes.
 
-`offer` runs in the measuring process, `accept` in its peer; both return a `Way`, whose calls are bound straight to what
-is measured, with nothing of ours in between.
+`offer` runs in the measuring process, `accept` in its peer; both return a `Way`, whose calls are bound
+straight to what is measured, with nothing of ours in between.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The process at the other end: `python -m snap.cli.bench.peer NAME FD` serves what the measuring process asks for."""
+"""The process at the other end: `python -m snap.cli.bench.peer NAME FD` serves what the measuring process asks
+for."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ PLAN: Final = (
 
 @dataclass
 class Figure:
-    """One contender in one scenario, over all rounds. `rates` are messages a second; `cpu` seconds of both processes a
-    million messages (idle: CPU seconds a second); the percentiles are microseconds."""
+    """One contender in one scenario, over all rounds. `rates` are messages a second; `cpu` seconds of both
+    processes a million messages (idle: CPU seconds a second); the percentiles are microseconds."""
 
     contender: str
     scenario: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Final
 
 import click
@@ -15,7 +16,7 @@ QUICK_SCALE: Final = 0.2
 SCENARIOS: Final = ("round trip", "single", "burst", "packed", "copied", "filled", "loaned", "idle")
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @click.option("--quick", is_flag=True, help="Fewer and shorter rounds: about ten seconds, rougher figures.")
 @click.option(
     "--rounds", type=click.IntRange(1, 100), help=f"Rounds of everybody in turn.  [default: {ROUNDS}]"
@@ -27,17 +28,20 @@ SCENARIOS: Final = ("round trip", "single", "burst", "packed", "copied", "filled
     metavar="SCENARIO",
     help="Only this; may be repeated.",
 )
-@click.pass_obj
-def bench(settings: Settings, quick: bool, rounds: int | None, only: tuple[str, ...]) -> None:
+@click.pass_context
+def bench(context: click.Context, quick: bool, rounds: int | None, only: tuple[str, ...]) -> None:
     """Compare Snap with a Unix socket, Pipe, ZeroMQ, iceoryx2 (if installed) and a bare C ring.
 
     Two processes on two processors; everybody in turn in each round; medians over the rounds. Needs no kernel. The
     figures are of this machine at this moment: quote the ratios. Scenarios: round trip, single, burst, packed (64 B),
-    copied, filled, loaned (1 MiB), idle.
+    copied, filled, loaned (1 MiB), idle. `snapctl bench upgrade` measures upgrades instead.
     """
+    if context.invoked_subcommand is not None:
+        return
     from ..bench import report, run
     from ..output import print_json
 
+    settings: Settings = context.obj
     scale = QUICK_SCALE if quick else 1.0
     results = run.measure(rounds or (QUICK_ROUNDS if quick else ROUNDS), scale, frozenset(only), _progress)
     if settings.output == "json":
@@ -45,6 +49,31 @@ def bench(settings: Settings, quick: bool, rounds: int | None, only: tuple[str, 
     elif settings.output == "name":
         for figure in results.figures:
             click.echo(f"{figure.contender}/{figure.scenario}")
+    else:
+        report.draw(results)
+
+
+@bench.command()
+@click.option("--quick", is_flag=True, help="Small states and a few upgrades of each: about a minute.")
+@click.option(
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw a PNG there (needs matplotlib)."
+)
+@click.pass_obj
+def upgrade(settings: Settings, quick: bool, plot: Path | None) -> None:
+    """How long nobody serves in an upgrade, and how long a client waits, beside stop, serialise, start, restore.
+
+    Starts a kernel of its own, with a client that writes rows at full rate: 100 upgrades each at 1 KiB, 1 MiB,
+    1 GiB and a million rows of state, schema migrations, crashes with and without a standby. About ten minutes.
+    """
+    from ..bench import upgrade as measuring
+    from ..bench import upgrade_report as report
+    from ..output import print_json
+
+    results = measuring.measure(quick, _progress)
+    if plot is not None:
+        report.plot(results, plot)
+    if settings.output == "json":
+        print_json("UpgradeBenchmark", report.document(results))
     else:
         report.draw(results)
 

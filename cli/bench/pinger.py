@@ -1,0 +1,54 @@
+"""A client that writes rows of `cell` at full rate until its input ends, then tells every pause and its rate.
+
+    python -m snap.cli.bench.pinger RUNTIME_DIR ENTRIES
+
+Prints `ready` when it has begun. Its last line is JSON: `pauses`, pairs of CLOCK_MONOTONIC and length in ns, of those
+longer than `PAUSE`; `rates`, completions in each `BUCKET` from `begin` on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import select
+import signal
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+from snap.dataplane import _native
+from snap.ipc import connect
+
+PAUSE: Final = 50_000
+BUCKET: Final = 10_000_000
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def main() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    directory, entries = Path(sys.argv[1]), int(sys.argv[2])
+    with connect(runtime_dir=directory) as client, client.open("cell", timeout=30) as channel:
+        print("ready", flush=True)
+        pauses: list[tuple[int, int]] = []
+        rates: list[int] = [0]
+        begin = last = time.monotonic_ns()
+        number = 0
+        while number % 1024 or not select.select([sys.stdin], [], [], 0)[0]:
+            channel.send(struct.pack("<BQQ", 1, number % entries, number))
+            channel.recv(wait=_native.SPIN)
+            now = time.monotonic_ns()
+            if now - last > PAUSE:
+                pauses.append((now, now - last))
+            bucket = (now - begin) // BUCKET
+            if bucket >= len(rates):
+                rates.extend([0] * (bucket + 1 - len(rates)))
+            rates[bucket] += 1
+            last = now
+            number += 1
+    print(json.dumps({"begin": begin, "pauses": pauses, "rates": rates}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
