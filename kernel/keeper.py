@@ -213,8 +213,11 @@ def listen(path: Path) -> socket.socket:
     """Raises OSError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     path.unlink(missing_ok=True)  # of a keeper that was killed: its kernel starts a new one
-    sock.bind(os.fspath(path))
-    path.chmod(0o600)
+    before = os.umask(0o177)  # its owner's alone from the first moment on
+    try:
+        sock.bind(os.fspath(path))
+    finally:
+        os.umask(before)
     sock.listen(8)
     return sock
 
