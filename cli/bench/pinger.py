@@ -18,8 +18,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from snap.dataplane import _native
-from snap.ipc import connect
+from snap.ipc import SPIN, connect
 
 PAUSE: Final = 50_000
 BUCKET: Final = 10_000_000
@@ -37,7 +36,7 @@ def main() -> None:
         number = 0
         while number % 1024 or not select.select([sys.stdin], [], [], 0)[0]:
             channel.send(struct.pack("<BQQ", 1, number % entries, number))
-            channel.recv(wait=_native.SPIN)
+            channel.recv(wait=SPIN)
             now = time.monotonic_ns()
             if now - last > PAUSE:
                 pauses.append((now, now - last))
