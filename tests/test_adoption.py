@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,8 @@ class System:
         return self.pid()
 
     def stop(self) -> None:
-        try:
+        with suppress(UnreachableError):
             self.call("kernel.stop")
-        except UnreachableError:
-            pass
         self.until(lambda: not (self.directory / "keeper.sock").exists())
         for child in self.children:
             child.wait(PATIENCE)
