@@ -378,6 +378,8 @@ def test_workers_hand_over_to_each_other_and_their_client_sees_nothing(
         for turn in range(20):
             for size in (10, 5000):
                 pair.client.send(b"%d" % turn * size)
+            # Both are in this process: the semaphore cannot tell who of them released it last.
+            until(lambda: semaphore.waiting_for_nonzero, "the other one waits")
             now.hand_over()
             _, last, _ = news(now, "yielded")
             _, first, more = news(other, "took")
@@ -386,6 +388,7 @@ def test_workers_hand_over_to_each_other_and_their_client_sees_nothing(
             for size in (10, 5000):
                 assert pair.client.recv(timeout=LIMIT) == b"%d" % turn * size
             now, other = other, now
+        until(lambda: semaphore.waiting_for_nonzero, "the other one waits")
         now.hand_over(retire=True)
         news(now, "ended")
         news(other, "took")
