@@ -172,10 +172,11 @@ class Incarnation:
         self.stats.close()
         self.page.close()
 
-    def stale(self, limit: float, waited: float) -> str | None:
-        """The first engine that gave no sign of life for `limit` seconds; `waited`: how long one could have."""
+    def stale(self, limit: float, waited: float, resting: bool = True) -> str | None:
+        """The first engine that gave no sign of life for `limit` seconds; `waited`: how long one could have.
+        `resting`: engines that do not run here may do so elsewhere."""
         for view in self.engine_views():
-            if view.name not in self.running:
+            if resting and view.name not in self.running:
                 continue
             if (waited if view.heartbeat_age_ns < 0 else view.heartbeat_age_ns / 1e9) > limit:
                 return view.name

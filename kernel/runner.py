@@ -200,7 +200,7 @@ class Runner:
         current, limit = self.current, self.machine.limits.heartbeat
         stale = None
         if current is not None and self.ready:
-            stale = current.stale(limit, self._now() - self.machine.since)
+            stale = current.stale(limit, self._now() - self.machine.since, resting=self.follower is not None)
         self._stale = self._stale + 1 if stale else 0
         if current is not None and self._stale >= 2:
             self._stale = 0
@@ -662,6 +662,11 @@ class Runner:
         if (holding.name, holding.generation) != (self.name, incarnation.generation):
             said = f"{holding.name!r} generation {holding.generation}"
             self.misbehaved(incarnation, f"it says that it is {said}")
+            return
+        ended = [engine for engine, stage in holding.engines.items() if stage == "ended"]
+        if ended:
+            # It was to be left for code with another schema, and the kernel that saw to that is gone.
+            self.misbehaved(incarnation, f"engine {ended[0]} has ended in it")
             return
         for engine, stage in holding.engines.items():
             if engine in incarnation.engines and engine in self.states.seats:
