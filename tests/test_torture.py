@@ -47,6 +47,7 @@ def test_nothing_is_lost_doubled_or_left_behind_in_a_thousand_events() -> None:
 def test_a_plan_follows_from_its_seed_and_has_every_kind_and_fault_point() -> None:
     plan = events.plan(7, 4000)
     assert plan == events.plan(7, 4000) and plan != events.plan(8, 4000)
+    assert plan[:50] == events.plan(7, 50)
     assert {event.kind for event in plan} == set(events.WEIGHTS)
     assert {event.point for event in plan} - {""} == {*events.KERNEL_POINTS, *events.MODULE_POINTS}
     assert {event.version for event in plan if event.kind == "failing"} == {

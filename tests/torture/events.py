@@ -90,10 +90,10 @@ def plan(seed: int, count: int, only: Sequence[str] = ()) -> list[Event]:
     """Raises ValueError for kinds that there are not."""
     if unknown := set(only) - set(WEIGHTS):
         raise ValueError(f"no kinds of events: {', '.join(sorted(unknown))}; there are {', '.join(WEIGHTS)}")
-    chance = random.Random(f"plan {seed}")
     weights = {kind: weight for kind, weight in WEIGHTS.items() if not only or kind in only}
-    kinds = chance.choices(list(weights), list(weights.values()), k=count)
-    return [_event(chance, index, kind) for index, kind in enumerate(kinds)]
+    kinds = random.Random(f"kinds {seed}").choices(list(weights), list(weights.values()), k=count)
+    # Each by itself, so that a shorter plan is the beginning of a longer one.
+    return [_event(random.Random(f"event {seed} {index}"), index, kind) for index, kind in enumerate(kinds)]
 
 
 def _event(chance: random.Random, index: int, kind: str) -> Event:

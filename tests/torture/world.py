@@ -247,7 +247,17 @@ class World:
                 raise Violation(self.diagnosis(f"not well again after {patience} s: {reason}"))
             time.sleep(LOOK)
 
+    def _reap(self) -> None:
+        """What a dead kernel started is ours now, and dead only when somebody looks."""
+        own = {client.process.pid for client in self.clients} | {self._kernel and self._kernel.pid}
+        for task in Path("/proc/self/task").iterdir():
+            for pid in map(int, read(task / "children").split()):
+                if pid not in own and state(pid) == "Z":
+                    with contextlib.suppress(ChildProcessError):
+                        os.waitpid(pid, os.WNOHANG)
+
     def _not_well(self, before: dict[int, int]) -> tuple[str, dict[str, Any] | None]:
+        self._reap()
         for client in self.clients:
             if client.process.poll() is not None:
                 self._accuse(client)
