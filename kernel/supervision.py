@@ -248,7 +248,8 @@ class Supervision:
             self.restarts += 1
             return self._start(now)
         if name == START_TIMER and self.state == STARTING and self._live:
-            reason = f"not serving {self.limits.start_timeout:g} s after its start (hung in import, on_start or its first poll)"
+            waited = f"{self.limits.start_timeout:g} s after its start"
+            reason = f"not serving {waited} (hung in import, start or first poll)"
             self._error = self._error or reason
             return [Emit("module.start_timeout", {"reason": reason}), Kill()]
         if name == GRACE_TIMER and self._live:
