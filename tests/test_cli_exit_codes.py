@@ -250,6 +250,18 @@ def test_0_a_rollback_ends_the_bake_of_an_upgrade_which_then_exits_8(kernel: Ker
     assert shown(kernel, "module", "show", "fresh")["pid"] == first["pid"]
 
 
+def test_0_the_kernel_is_upgraded_under_its_modules(kernel: Kernel, fresh: Path) -> None:
+    before = shown(kernel, "status")
+    view = shown(kernel, "upgrade", "--kernel")
+    after = shown(kernel, "status")
+    assert (view["operation"], view["outcome"]) == ("kernel", "committed")
+    assert after["pid"] != before["pid"]
+    assert [(module["name"], module["pid"]) for module in after["modules"]] == [
+        (module["name"], module["pid"]) for module in before["modules"]
+    ]
+    assert kernel.code("upgrade", "--kernel", fresh) == 4
+
+
 def test_4_and_2_what_cannot_be_upgraded(kernel: Kernel, fresh: Path) -> None:
     assert kernel.code("upgrade", "nix") == 4
     assert kernel.code("upgrade", "show", 4711) == 4
@@ -258,12 +270,17 @@ def test_4_and_2_what_cannot_be_upgraded(kernel: Kernel, fresh: Path) -> None:
     assert kernel.code("rollback", "fresh") in (2, 4)
 
 
-def test_9_a_dead_kernel_does_not_answer_and_a_new_one_takes_its_place(kernel: Kernel) -> None:
+def test_a_killed_kernel_comes_back_by_itself_and_9_is_for_one_that_was_stopped(kernel: Kernel) -> None:
     with kernel.up() as pid:
         pidfd = os.pidfd_open(pid)
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         assert gone(pidfd, 10)
         os.close(pidfd)
+        deadline = time.monotonic() + 30
+        while (status := kernel("status", "-o", "name")).returncode and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert int(status.stdout) != pid
+        assert kernel.code("down") == 0
         assert kernel.code("status") == 9
         assert kernel.code("down") == 9
         with kernel.up() as second:

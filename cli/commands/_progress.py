@@ -39,7 +39,7 @@ class Lines:
 
 def news(before: UpgradeView | None, now: UpgradeView) -> list[str]:
     """What `now` tells that `before` did not: its phase, and each engine's stage, round and tenth."""
-    head = [] if before is not None else [f"{title(now)}: {now.from_version} → {now.to_version}"]
+    head = [] if before is not None else [f"{title(now)}: {now.from_version} → {now.to_version or '?'}"]
     phase = []
     if now.phase != "done" and (before is None or before.phase != now.phase):
         phase.append(f"  {now.phase}: {PHASES.get(now.phase, '')}".rstrip(": "))
@@ -108,7 +108,7 @@ def picture(view: UpgradeView, baked: float) -> RenderableType:
 
     head = Text.assemble(
         (title(view), "bold"),
-        plain(f"  {view.from_version} → {view.to_version}  "),
+        plain(f"  {view.from_version} → {view.to_version or '?'}  "),
         (view.phase if not view.outcome else outcome(view), "yellow"),
         f"  {PHASES.get(view.phase, '')}",
     )

@@ -59,8 +59,10 @@ def _page(view: UpgradeView) -> None:
     click.echo(f"{'outcome:':>12} {state(outcome(view))}")
     if view.reason:
         field("reason", view.reason)
-    field("from", f"{view.from_version}, generation {view.from_generation}, {view.from_path}")
-    field("to", f"{view.to_version}, generation {view.to_generation}, {view.to_path}")
+    of_kernel = view.kind == "kernel"
+    number = "pid" if of_kernel else "generation"
+    field("from", f"{view.from_version}, {number} {view.from_generation}, {view.from_path}")
+    field("to", f"{view.to_version}, {number} {view.to_generation}, {view.to_path}")
     field("started", rfc3339(view.started))
     if not view.outcome:
         field("phase", view.phase)

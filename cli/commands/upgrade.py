@@ -100,7 +100,7 @@ def _complete_source(
     metavar="[PATH]",
     is_flag=False,
     flag_value="",
-    help="The kernel instead of a module: to what is installed now, or the installation at PATH.",
+    help="The kernel instead of a module: to what is installed now, or in the environment at PATH.",
 )
 @click.pass_obj
 def start(
