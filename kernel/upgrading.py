@@ -235,6 +235,7 @@ class Upgrading:
         """Everybody was killed; the next process may come when they are gone, which the semaphores see to."""
         self.runner.follower = None
         self.runner.current = None
+        self.runner.found = self.before
         self.runner.fall(reason)
 
     def _timer_fired(self, name: str) -> None:
