@@ -25,6 +25,7 @@ from .client import MODES
 from .ops import Model, Wrong
 
 ROOT: Final = Path(__file__).parent.parent.parent
+SITE: Final = Path(__file__).parent / "site"
 PATIENCE: Final = 45.0
 """Seconds within which anything must be well again: longer than every patience of the kernel's own."""
 
@@ -98,10 +99,11 @@ class World:
     # -- kernel ---------------------------------------------------------------------------------------------
 
     def start_kernel(self) -> None:
-        command = [sys.executable, "-m", "tests.torture.kernel", "--runtime-dir", str(self.runtime)]
+        command = [sys.executable, "-m", "snap.kernel", "--runtime-dir", str(self.runtime)]
         command += ["--policy", str(self.directory / "policy.toml")]
         command += ["--module-path", str(self.directory / "modules")]
         command += ["--respawn"] if KEEPER else []
+        path = os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH", "")]))
         with (self.directory / "kernel.output").open("ab") as output:
             self._kernel = subprocess.Popen(
                 command,
@@ -109,7 +111,7 @@ class World:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "SNAP_FAULT_DIR": str(self.faults)},
+                env={**os.environ, "SNAP_FAULT_DIR": str(self.faults), "PYTHONPATH": path},
                 start_new_session=True,
             )
         self.settle()
@@ -353,7 +355,7 @@ def read(path: str | Path) -> str:
 def role_of(pid: int) -> str:
     """kernel, keeper, "module NAME", or empty for what is no part of the system."""
     title = read(f"/proc/{pid}/cmdline").replace("\0", " ").strip()
-    if "tests.torture.kernel" in title:
+    if " -m snap.kernel " in title:
         return "kernel"
     return title.removeprefix("snap: ") if title.startswith("snap: ") else ""
 
