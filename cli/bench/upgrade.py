@@ -237,14 +237,15 @@ def _await(operator: ControlClient, what: Callable[[dict[str, Any]], bool]) -> N
 
 def _usual(size: Size) -> float:
     """The client's pause, in µs, over an upgrade by stop, serialise, start, restore."""
-    with Stage() as stage:
-        path, file = os.fspath(stage.folder / "usual.sock"), Path("/dev/shm") / f"snap-bench-{os.getpid()}"
-        arguments = (path, os.fspath(file), str(size.entries), str(size.bulk))
+    file = Path("/dev/shm") / f"snap-bench-{os.getpid()}"
+    try:
+        with Stage() as stage:
+            path = os.fspath(stage.folder / "usual.sock")
+            arguments = (path, os.fspath(file), str(size.entries), str(size.bulk))
 
-        def start() -> subprocess.Popen[bytes]:
-            return stage.start("snap.cli.bench.baseline", *arguments, out=subprocess.PIPE)
+            def start() -> subprocess.Popen[bytes]:
+                return stage.start("snap.cli.bench.baseline", *arguments, out=subprocess.PIPE)
 
-        try:
             server = start()
             _line(server.stdout)
             client = _UsualClient(path)
@@ -254,8 +255,9 @@ def _usual(size: Size) -> float:
             _line(start().stdout)
             time.sleep(SETTLE)
             return client.finish()
-        finally:
-            file.unlink(missing_ok=True)
+    finally:
+        # The last server stores as well, when the stage ends it: the next measurement must not restore that.
+        file.unlink(missing_ok=True)
 
 
 def _line(stream: IO[bytes] | None) -> None:
