@@ -181,7 +181,7 @@ async def serve(settings: Settings, start: Start) -> None:
         if left is not None and start.heir is not None:
             left.confirm = start.heir.confirm
         await _serve(settings, start, store, listener, left)
-    except SnapError:
+    except BaseException:
         # What an earlier kernel left and this one cannot take over is for another one to take.
         if left is not None or not store.fresh:
             store.detach()

@@ -108,7 +108,7 @@ class KeeperStore:
         """Raises ResourceError when the keeper does not give everything."""
         found: dict[str, list[int]] = {}
         sock = self._sock
-        if sock is None:
+        if sock is None or (self.fresh and not self._held):
             return found
         sock.settimeout(_TAKE_PATIENCE)
         try:
