@@ -80,6 +80,7 @@ class CapabilityTable:
         self._expiries: list[tuple[float, int]] = []
         self._last_generation = 0
         self._last_id = 0
+        self._recorded: msgspec.Raw | None = None
 
     def __len__(self) -> int:
         return len(self._caps)
@@ -96,6 +97,7 @@ class CapabilityTable:
             raise UsageError(f"{owner} already has a table of capabilities")
         if not 1 <= quota <= MAX_HANDLES // 2:
             raise UsageError(f"a quota of {quota} handles is not within 1 to {MAX_HANDLES // 2}")
+        self._recorded = None
         self._principals[owner] = Principal(owner, badge, pid, quota, self._next_generation)
 
     def drop_owner(self, owner: str, reason: str = "its owner is gone") -> list[Capability]:
@@ -105,6 +107,7 @@ class CapabilityTable:
         for cap_id in principal.ids():
             if cap_id in self._caps:
                 revoked += self._remove(cap_id, reason)
+        self._recorded = None
         del self._principals[owner]
         return revoked
 
@@ -203,6 +206,7 @@ class CapabilityTable:
             cap, handle=receiver.insert(cap.id, True), owner=to, badge=receiver.badge, given=True
         )
         self._caps[cap.id] = moved
+        self._recorded = None
         self._record("move", moved, f"from {owner}")
         return moved
 
@@ -246,16 +250,21 @@ class CapabilityTable:
 
     # -- outliving the kernel -------------------------------------------------------------------------------
 
-    def record(self) -> dict[str, Any]:
-        return {
-            "id": self._last_id,
-            "generation": self._last_generation,
-            "owners": [principal.record() for principal in self._principals.values()],
-            "caps": [msgspec.to_builtins(cap) for cap in self._caps.values()],
-        }
+    def record(self) -> msgspec.Raw:
+        """Encoded once per change: the table can be large, and is asked for with every round of the loop."""
+        if self._recorded is None:
+            record = {
+                "id": self._last_id,
+                "generation": self._last_generation,
+                "owners": [principal.record() for principal in self._principals.values()],
+                "caps": list(self._caps.values()),
+            }
+            self._recorded = msgspec.Raw(msgspec.msgpack.encode(record))
+        return self._recorded
 
     def restore(self, record: dict[str, Any]) -> None:
         """Into an empty table; its clock goes on, so that what expires does so on time."""
+        self._recorded = None
         self._last_id, self._last_generation = record["id"], record["generation"]
         for each in record["owners"]:
             principal = Principal.restored(each, self._next_generation)
@@ -390,6 +399,7 @@ class CapabilityTable:
             given=given,
         )
         self._caps[cap.id] = cap
+        self._recorded = None
         if parent is not None:
             self._children.setdefault(parent.id, {})[cap.id] = None
         if expires is not None:
@@ -416,6 +426,7 @@ class CapabilityTable:
 
     def _forget(self, cap_id: int) -> Capability:
         cap = self._caps.pop(cap_id)
+        self._recorded = None
         if cap.parent is not None:
             siblings = self._children[cap.parent]
             del siblings[cap_id]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -173,6 +174,8 @@ class KeeperStore:
         try:
             keeper.send(self._sock, order, fds)
         except OSError as error:
+            if error.errno == errno.EBADF:  # closed before it was removed, which it is about to be
+                return
             self._replace(error.strerror or "it takes nothing")
 
     def _replace(self, reason: str) -> None:
