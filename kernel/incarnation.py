@@ -156,6 +156,10 @@ class Incarnation:
         if self.link is not None:
             self.link.send(message, fds)
 
+    def step_back(self, yes: bool) -> None:
+        if self.process is not None:
+            self.process.step_back(yes)
+
     def kill(self) -> None:
         if self.process is not None:
             self.process.kill()

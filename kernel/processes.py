@@ -24,6 +24,9 @@ LINK_FD: Final = "SNAP_LINK_FD"
 TAIL_LINES: Final = 200
 _LINE: Final = 4096
 _READ: Final = 65536
+_NICE: Final = 10
+"""A tenth of the weight of others: what a process that gets ready may cost the one that serves."""
+
 _LOOKS: Final = 20
 _EXIT_CODE: Final = 49  # of /proc/PID/stat, after the name: see proc_pid_stat(5)
 _LOOK_AGAIN: Final = 0.01
@@ -168,6 +171,13 @@ class Process:
     def adopt(cls, pid: int, pidfd: int, on_exit: Callable[[str, bool], None]) -> Process:
         """Go on with a process that an earlier kernel started; `pidfd` is the process's now."""
         return cls(pid, pidfd, on_exit, child=False)
+
+    def step_back(self, yes: bool) -> None:
+        """Leave the processors to others, or compete for them as everybody does. Its session is a scheduling group of
+        its own where the OS has autogroups, and may be favoured less and as much again by whoever owns it; elsewhere
+        nothing happens, for a nice value could not be taken back."""
+        with suppress(OSError):
+            Path(f"/proc/{self.pid}/autogroup").write_text(f"{_NICE if yes else 0}\n")
 
     def kill(self) -> None:
         """Kill the process and its group."""

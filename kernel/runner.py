@@ -239,6 +239,8 @@ class Runner:
         )
         fds = [self.gate.reader, incarnation.page.fd, *(self.kept[name] for name in kept)]
         incarnation.send(order, fds)
+        # As long as somebody serves, getting ready has time.
+        incarnation.step_back(self.current is not None)
         self.alive.add(incarnation)
         self._hooks.spawned(self, incarnation)
         faults.reach("kernel.spawned")
@@ -422,6 +424,8 @@ class Runner:
                     self.perform(self.machine.handle_progress(self._now()))
             case protocol.Prepared(engine=engine):
                 incarnation.prepared.add(engine)
+                if incarnation.ready:
+                    incarnation.step_back(False)
                 if incarnation is self.standby and incarnation.ready:
                     self.emit("standby.ready", {"pid": incarnation.pid})
             case protocol.Took(engine=engine):

@@ -58,9 +58,7 @@ def orphan(code: str) -> tuple[int, int]:
         ("import os, time; time.sleep(0.3); os.kill(os.getpid(), 15)", ("killed by SIGTERM", False)),
     ],
 )
-def test_how_an_adopted_process_ended_is_told(
-    code: str, told: tuple[str, bool]
-) -> None:
+def test_how_an_adopted_process_ended_is_told(code: str, told: tuple[str, bool]) -> None:
     assert asyncio.run(ended(*orphan(code))) == told
 
 
