@@ -24,8 +24,12 @@ from snap.ipc.channel import Channel
 from snap.ipc.client import Client
 from snap.ipc.control import ControlClient
 
+from .kernel_rig import write_module
+
 PATIENCE = 30.0
 SEED = random.randrange(1 << 32)
+UNMOVED = ("prepared", "yield_sent")
+"""Points at which no order to yield has left yet: it leaves when it is recorded."""
 
 
 class System:
@@ -112,8 +116,8 @@ def system(base: Path, respawn: bool = True, grace: float = 20.0) -> Iterator[Sy
 class Load:
     """A thread that sends numbers, and wants each of them back, in order, once."""
 
-    def __init__(self, client: Client, wait: int) -> None:
-        self.channel = client.open("echo", timeout=PATIENCE)
+    def __init__(self, client: Client, wait: int, service: str = "echo") -> None:
+        self.channel = client.open(service, timeout=PATIENCE)
         self.count = 0
         self.error: BaseException | None = None
         self._wait, self._over = wait, False
@@ -357,3 +361,36 @@ def _lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.parametrize("point", ["prepared", "yield_sent", "took", "bake", "commit"])
+def test_an_upgrade_whose_kernel_dies_ends_in_a_defined_state_and_clients_notice_nothing(
+    tmp_path: Path, point: str
+) -> None:
+    write_module(tmp_path / "modules", "mine")
+    faults = tmp_path / "faults"
+    faults.mkdir()
+    running = System(tmp_path, True, 20.0)
+    running.command += ["--module-path", str(tmp_path / "modules")]
+    running.start(faults=faults)
+    try:
+        running.until(lambda: running.ready("mine"))
+        with running.connect() as client:
+            load = Load(client, _native.ADAPTIVE, "mine")
+            load.more(running)
+            (faults / f"kernel.{point}").write_text("kill")
+            dead, (_, generation) = running.pid(), running.modules()["mine"]
+            first = running.call("module.upgrade", name="mine", source=None, bake=0.5, wait=False)
+            running.reborn(dead)
+            running.until(lambda: running.ready("mine"))
+            [view] = [each for each in running.call("upgrade.history") if each["id"] == first["id"]]
+            forward = view["outcome"] == "committed"
+            assert view["outcome"] in ("committed", "aborted" if point in UNMOVED else "rolled_back")
+            assert running.modules()["mine"][1] == (view["to_generation"] if forward else generation)
+            load.more(running)
+            again = running.call("module.upgrade", name="mine", source=None, bake=0.1, wait=True)
+            assert again["outcome"] == "committed"
+            load.more(running)
+            load.end()
+    finally:
+        running.stop()
