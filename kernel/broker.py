@@ -364,6 +364,10 @@ class Broker:
         for long."""
         return max((channel.control.longest_wait() for channel in self._of(runner)), default=0)
 
+    def unanswered(self, runner: Runner) -> int:
+        """Messages of clients that `runner` has not taken, as the indices claim."""
+        return sum(max(0, channel.control.depth()[0]) for channel in self._of(runner))
+
     def clear_waits(self, runner: Runner) -> None:
         for channel in self._of(runner):
             channel.control.clear_longest_wait()

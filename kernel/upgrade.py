@@ -130,6 +130,7 @@ class Upgrade:
         self._bake, self._rollback, self._patience = bake, rollback, patience or Patience()
         self._prepared: set[str] = set()
         self._waiting_for_health = False
+        self._unanswered = 0
         self._moved = False
         self._refusals = 0
 
@@ -227,11 +228,11 @@ class Upgrade:
         if name == FLIP_TIMER:
             return self._flip_late()
         if name == CHECK_TIMER and self.phase == BAKE:
-            if self._waiting_for_health:
-                return self._fail("the new version does not say how it is")
-            self._waiting_for_health = True
-            return [AskHealth(NEW), SetTimer(CHECK_TIMER, self._patience.every)]
+            return self._check()
         if name == BAKE_TIMER and self.phase == BAKE:
+            # Not before it has answered what it was asked last.
+            if self._waiting_for_health:
+                return [SetTimer(BAKE_TIMER, self._patience.every)]
             return self._commit("")
         return []
 
@@ -263,12 +264,18 @@ class Upgrade:
         if not self._rollback or self._bake <= 0:
             return [*actions, *self._commit("")]
         self._waiting_for_health = False
-        return [
-            *actions,
-            Phase(BAKE),
-            SetTimer(BAKE_TIMER, self._bake),
-            SetTimer(CHECK_TIMER, self._patience.every),
-        ]
+        return [*actions, Phase(BAKE), SetTimer(BAKE_TIMER, self._bake), *self._check()]
+
+    def _check(self) -> list[Action]:
+        """Ask how it is, again and again; an answer may take a while."""
+        again = SetTimer(CHECK_TIMER, self._patience.every)
+        if not self._waiting_for_health:
+            self._waiting_for_health, self._unanswered = True, 0
+            return [AskHealth(NEW), again]
+        self._unanswered += 1
+        if self._unanswered * self._patience.every >= self._patience.health:
+            return self._fail("the new version does not say how it is")
+        return [again]
 
     def _commit(self, reason: str) -> list[Action]:
         old: list[Action] = [Stop(OLD)] if OLD in self.alive else []

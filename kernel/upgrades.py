@@ -219,7 +219,11 @@ class Upgrades:
     ) -> int:
         self._last += 1
         broker = self._kernel.broker
-        waits = Waits(lambda: broker.clear_waits(runner), lambda: broker.longest_wait(runner))
+        waits = Waits(
+            lambda: broker.clear_waits(runner),
+            lambda: broker.longest_wait(runner),
+            lambda: broker.unanswered(runner),
+        )
         upgrading = Upgrading(self._last, runner, found, kind, bake, rollback, waits, self._ended)
         if origin is not None:
             upgrading.origin = origin
@@ -232,10 +236,17 @@ class Upgrades:
         """Begin what waits for nobody: modules that others require go first."""
         for name, upgrading in list(self._queued.items()):
             needed = self._kernel.plan.requirements(upgrading.runner.found.manifest)
-            if not any(other in self._running or other in self._queued for other in needed):
+            if name not in self._queued or any(
+                other in self._running or other in self._queued for other in needed
+            ):
+                continue
+            if upgrading.runner.ready:
                 del self._queued[name]
                 self._running[name] = upgrading
                 upgrading.begin()
+            else:
+                state = upgrading.runner.machine.state
+                upgrading.abandon(f"the module is {state}: there is nothing to take over")
 
     def _ended(self, upgrading: Upgrading) -> None:
         runner, view = upgrading.runner, upgrading.view
@@ -243,10 +254,12 @@ class Upgrades:
         self._queued.pop(runner.name, None)
         self._history.append(view)
         if view.outcome == "committed":
-            runner.origin = upgrading.origin
-            versions = self._versions.setdefault(runner.name, deque(maxlen=VERSIONS))
-            versions.append(upgrading.before)
+            self._remember(runner, upgrading.origin, upgrading.before)
         self._next()
+
+    def _remember(self, runner: Runner, origin: Found, before: Found) -> None:
+        runner.origin = origin
+        self._versions.setdefault(runner.name, deque(maxlen=VERSIONS)).append(before)
 
     # -- outliving the kernel ---------------------------------------------------------------------------------
 
@@ -259,6 +272,10 @@ class Upgrades:
             view = msgspec.convert(each, UpgradeView)
             if not view.outcome:
                 view = self._interrupted(view)
+                runner = self._kernel.runners.get(view.module)
+                known = record["under_way"].get(view.module)
+                if view.outcome == "committed" and runner is not None and known is not None:
+                    self._remember(runner, *(packages.restored(found) for found in known))
             self._history.append(view)
 
     def _interrupted(self, view: UpgradeView) -> UpgradeView:
@@ -277,9 +294,13 @@ class Upgrades:
     def record(self) -> dict[str, Any]:
         return {
             "last": self._last,
+            "under_way": {
+                name: [packages.record(upgrading.origin), packages.record(upgrading.before)]
+                for name, upgrading in self._running.items()
+            },
             "history": [msgspec.to_builtins(view) for view in self.views()],
             "versions": {
-                name: [[found.manifest.to_builtins(), str(found.path), found.source] for found in versions]
+                name: [packages.record(found) for found in versions]
                 for name, versions in self._versions.items()
             },
         }

@@ -20,9 +20,8 @@ from .incarnation import Incarnation
 from .runner import Runner
 from .upgrade import NEW, OLD, Action, Patience, Upgrade
 
-SLOWEST: Final = 1.0
-SLOWER: Final = 20.0
-"""A client that waits this many seconds in the bake, and as many times as long as any before, is trouble."""
+STUCK: Final = 2
+"""Checks in a row at which messages waited and no work had been done, after which a new version is too slow."""
 
 FAULTS: Final = 3
 """Channels that a new version may drop while it bakes."""
@@ -32,10 +31,12 @@ PROGRESS_EVERY: Final = 0.1
 
 @dataclass(frozen=True)
 class Waits:
-    """How long the clients of a module waited, at the longest, in ns: to clear, and to read."""
+    """How long the clients of a module waited, at the longest, in ns: to clear, and to read. A wait may be for what
+    nobody owes: `unanswered` counts the messages that the module has not taken."""
 
     clear: Callable[[], None]
     read: Callable[[], int]
+    unanswered: Callable[[], int]
 
 
 class Upgrading:
@@ -62,7 +63,9 @@ class Upgrading:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._engines = {name: UpgradeEngineView(name=name) for name in found.manifest.engines}
         self._faults_before = 0
-        self._waited_before = 0
+        self._work = -1
+        self._stuck = 0
+        self._leaves_messages = False
         self._phase_since = time.monotonic()
         self._told = 0.0
         self.view = UpgradeView(
@@ -90,12 +93,12 @@ class Upgrading:
     def begin(self) -> None:
         """The module is ready, and nobody else upgrades it."""
         assert self.runner.current is not None
-        self._waited_before = self._waits.read()
         self._waits.clear()
         self.runner.follower = self
         # Whoever waits for an engine takes it when its holder lets go: that must be the new version.
         self.runner.dismiss_standby()
         self._who[OLD] = self.runner.current
+        self._look(self.runner.current)
         self._perform(self._machine.begin())
 
     def cancel(self, reason: str) -> None:
@@ -226,10 +229,18 @@ class Upgrading:
             return f"engine {stale} hangs"
         if incarnation.faults - self._faults_before >= FAULTS:
             return f"it dropped {incarnation.faults} channels"
-        waited = self._waits.read()
-        if waited > max(SLOWEST * 1e9, SLOWER * self._waited_before):
-            return f"a client waited {waited / 1e9:.1f} s"
+        waiting = self._look(incarnation)
+        if self._stuck >= STUCK and not self._leaves_messages:
+            return f"{waiting} messages wait, and none is taken"
         return ""
+
+    def _look(self, incarnation: Incarnation) -> int:
+        """Messages that wait; `_stuck` counts the looks in a row at which they did and nothing had been done."""
+        work = sum(view.work for view in incarnation.engine_views())
+        waiting = self._waits.unanswered()
+        self._stuck = self._stuck + 1 if waiting and work == self._work else 0
+        self._work = work
+        return waiting
 
     def _fall(self, reason: str) -> None:
         """Everybody was killed; the next process may come when they are gone, which the semaphores see to."""
@@ -253,6 +264,11 @@ class Upgrading:
         now = time.monotonic()
         if phase == upgrade.BLACKOUT:
             self._set(brownout_seconds=now - self._phase_since)
+            if OLD in self._who:
+                self._look(self._who[OLD])
+                # So did the old version: there are engines that wait for a client of another service.
+                self._leaves_messages = self._stuck > 0
+            self._stuck, self._work = 0, -1
         if phase == upgrade.BAKE:
             self._keep_gap()
             self._waits.clear()

@@ -239,6 +239,56 @@ def test_dependent_modules_are_upgraded_after_what_they_require(tmp_path: Path) 
     run(test())
 
 
+def test_a_client_that_waits_for_nothing_is_no_trouble(tmp_path: Path) -> None:
+    write_sum(tmp_path / "modules", "one")
+    new = write_sum(tmp_path / "new", "two")
+
+    async def test() -> None:
+        async with running(tmp_path, start=["sums"]) as rig, await aconnect(rig.directory) as client:
+            channel = await client.aopen("sums")
+            waiting = asyncio.create_task(channel.arecv(timeout=20))
+            view = await upgrade(rig, new, bake=3.0)
+            assert view["outcome"] == "committed"
+            await channel.asend(b"more")
+            assert await waiting == b"1 two"
+            channel.close()
+
+    run(test())
+
+
+def test_a_new_version_that_takes_no_messages_is_too_slow(tmp_path: Path) -> None:
+    write_sum(tmp_path / "modules", "one")
+    new = write_sum(tmp_path / "new", "two", extra="Sum.poll = lambda self, budget: 0")
+
+    async def test() -> None:
+        async with loaded(tmp_path) as (rig, load):
+            with pytest.raises(RolledBackError, match="none is taken"):
+                await upgrade(rig, new, bake=20.0)
+            await load.some()
+            assert load.versions == ["one"]
+
+    run(test())
+
+
+def test_a_queued_upgrade_of_a_module_that_has_died_meanwhile_is_given_up(tmp_path: Path) -> None:
+    write_sum(tmp_path / "modules", "one")
+    needs = '[requires]\nservices = ["sums"]\n[restart]\npolicy = "never"\n'
+    write_sum(tmp_path / "modules", "one", name="above", more=needs)
+    new = write_sum(tmp_path / "new", "two")
+
+    async def test() -> None:
+        async with running(tmp_path, start=["above"]) as rig:
+            await baking(rig, new)
+            queued = await rig.operate("module.upgrade", name="above", wait=False)
+            os.kill(rig.kernel.runner("above").machine.pid or 0, signal.SIGKILL)
+            await rig.until(lambda: rig.kernel.runner("above").machine.state == "failed")
+            await rig.operate("module.rollback", name="sums")
+            view = rig.kernel.upgrades.view(queued["id"])
+            assert (view.outcome, "nothing to take over" in view.reason) == ("aborted", True)
+
+    run(test())
+
+
 # -- upgrades that do not ------------------------------------------------------------------------------------
 
 
