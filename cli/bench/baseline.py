@@ -1,8 +1,9 @@
 """What most systems do at an upgrade: stop, serialise everything, start, restore, serve.
 
-    python -m snap.cli.bench.baseline SOCKET STATE_FILE ENTRIES BULK
+    python -m snap.cli.bench.baseline SOCKET STATE_FD ENTRIES BULK
 
-A server on a Unix socket. It restores from STATE_FILE when that is there; on SIGTERM it stores there and exits.
+A server on a Unix socket. It restores from the inherited STATE_FD unless that is empty; on SIGTERM it stores there
+and exits.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def _stop(*_: object) -> NoReturn:
 
 def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    path, file, entries, bulk = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    if file.exists():
+    path, file, entries, bulk = sys.argv[1], Path("/proc/self/fd") / sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    if file.stat().st_size:
         rows, data = pickle.loads(file.read_bytes())
     else:
         rows, data = {number: number for number in range(entries)}, bytearray(b"\1" * bulk)

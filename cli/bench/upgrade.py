@@ -237,14 +237,17 @@ def _await(operator: ControlClient, what: Callable[[dict[str, Any]], bool]) -> N
 
 def _usual(size: Size) -> float:
     """The client's pause, in µs, over an upgrade by stop, serialise, start, restore."""
-    file = Path("/dev/shm") / f"snap-bench-{os.getpid()}"
+    # Memory that ends with us, however we end; the same kind of file system as /dev/shm.
+    file = os.memfd_create("snap-bench")
     try:
         with Stage() as stage:
             path = os.fspath(stage.folder / "usual.sock")
-            arguments = (path, os.fspath(file), str(size.entries), str(size.bulk))
+            arguments = (path, str(file), str(size.entries), str(size.bulk))
 
             def start() -> subprocess.Popen[bytes]:
-                return stage.start("snap.cli.bench.baseline", *arguments, out=subprocess.PIPE)
+                return stage.start(
+                    "snap.cli.bench.baseline", *arguments, out=subprocess.PIPE, pass_fds=(file,)
+                )
 
             server = start()
             _line(server.stdout)
@@ -256,8 +259,7 @@ def _usual(size: Size) -> float:
             time.sleep(SETTLE)
             return client.finish()
     finally:
-        # The last server stores as well, when the stage ends it: the next measurement must not restore that.
-        file.unlink(missing_ok=True)
+        os.close(file)
 
 
 def _line(stream: IO[bytes] | None) -> None:
