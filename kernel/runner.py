@@ -149,7 +149,6 @@ class Runner:
         self._seen = (machine.state, machine.since)
         self._since = time.time()
         self._stale = 0
-        self._suspect = False
         self._reporting: dict[Incarnation, asyncio.TimerHandle] = {}
 
     # -- facts and requests -----------------------------------------------------------------------------------
@@ -389,11 +388,8 @@ class Runner:
         self.states.close()
         self._forget_kept()
 
-    def _poisoned(self) -> list[str]:
-        return self.states.poisoned() if self._suspect else []
-
     def _discard_poison(self) -> None:
-        for engine in self._poisoned():
+        for engine in self.states.poisoned():
             self._replace_state(engine, "it killed everybody who adopted it lately")
 
     def _replace_state(self, engine: str, reason: str) -> None:
@@ -554,14 +550,12 @@ class Runner:
 
     def _current_exited(self, how: str, clean: bool) -> None:
         assert self.current is not None
-        # Who is killed from outside says nothing of the state that it had.
-        self._suspect = bool(self.current.error) or how != "killed by SIGKILL"
         culprit = _CULPRIT.search(self.current.error)
         if culprit is not None and culprit[1] in self.states.seats:
             self.states.blame(culprit[1])
         standby = self.standby
         over = self.machine.state == supervision.STOPPING or self.machine.loops(self._now())
-        if standby is None or not standby.ready or over or self._poisoned():
+        if standby is None or not standby.ready or over or self.states.poisoned():
             self.dismiss_standby()
             self.current = None
             self.perform(self.machine.handle_exited(self._now(), how, clean))
