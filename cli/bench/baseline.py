@@ -29,7 +29,12 @@ def _stop(*_: object) -> NoReturn:
 
 def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    path, file, entries, bulk = sys.argv[1], Path("/proc/self/fd") / sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    path, file, entries, bulk = (
+        sys.argv[1],
+        Path("/proc/self/fd") / sys.argv[2],
+        int(sys.argv[3]),
+        int(sys.argv[4]),
+    )
     if file.stat().st_size:
         rows, data = pickle.loads(file.read_bytes())
     else:
