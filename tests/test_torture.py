@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.torture import events, ledger, ops, versions
+from tests.conftest import descendants
+from tests.torture import events, ledger, ops, report, versions
 
 ROOT = Path(__file__).parent.parent
 SEED = 20260
@@ -39,6 +44,57 @@ def test_nothing_is_lost_doubled_or_left_behind_in_a_thousand_events() -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     torture("--events", 1000, "--seed", seed, seconds=5200)
+
+
+# -- interrupted --------------------------------------------------------------------------------------------
+
+PATIENCE = 30.0
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Where a run makes its own; with a short path, for there are sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="snap-") as name:
+        yield Path(name)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("whom", "number"),
+    [
+        ("all", signal.SIGINT),
+        ("guard", signal.SIGTERM),
+        ("guard", signal.SIGKILL),
+        ("driver", signal.SIGKILL),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_a_run_that_is_interrupted_leaves_nothing(whom: str, number: int, folder: Path) -> None:
+    """Processes and semaphores are seen by the detector of leaks, which all tests have."""
+    command = [sys.executable, "-m", "tests.torture", "--clients", "2", "--only", "kill_module"]
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as guard:
+        assert guard.stdout is not None
+        while "kill_module" not in (line := guard.stdout.readline()):
+            assert line, "it ended by itself"
+        (driver,) = (pid for pid in descendants(guard.pid) if parent(pid) == guard.pid)
+        assert len(descendants(driver)) >= 5, "kernel, keeper, module, clients"
+        if whom == "all":  # as a terminal does
+            os.killpg(guard.pid, number)
+        else:
+            os.kill(guard.pid if whom == "guard" else driver, number)
+        assert guard.wait(PATIENCE) not in (0, 1)
+        end = time.monotonic() + PATIENCE
+        while (left := descendants(os.getpid())) and time.monotonic() < end:
+            time.sleep(0.02)
+    assert not left
+    assert list(folder.iterdir()) == []
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 # -- the parts ----------------------------------------------------------------------------------------------
@@ -109,6 +165,22 @@ def test_a_record_that_a_death_cut_short_is_no_record(tmp_path: Path) -> None:
     whole = (tmp_path / "ledger").read_bytes()
     (tmp_path / "ledger").write_bytes(whole[:-7])
     assert not ledger.check(tmp_path / "ledger", ops.Model(3, 9)).ended
+
+
+def test_long_waits_are_told_and_belong_to_what_happened_meanwhile(tmp_path: Path) -> None:
+    written, answering = ledger.Ledger(tmp_path / "ledger"), ops.Model(3, 9)
+    for number in (1, 2, 3):
+        written.sent(number, number)
+        written.received(number, [answering.answer()])
+        time.sleep(2 * ledger.LONG_NS / 1e9 if number == 2 else 0)
+    written.close()
+    ((begin, end),) = ledger.check(tmp_path / "ledger", ops.Model(3, 9)).waits
+    happened = [
+        report.Happened("upgrade", "committed", begin - 9, begin + 1),
+        report.Happened("kill_module", "done", begin + 1, end),
+    ]
+    assert end - begin >= 2 * ledger.LONG_NS
+    assert report.longest_waits(happened, [(begin, end), (end + 1, end + 9)]) == {"kill_module": end - begin}
 
 
 def test_operations_are_of_all_sizes_that_travel_differently() -> None:

@@ -9,4 +9,6 @@
 * `events`: the plan, drawn from the seed.
 * `world`: the kernel, the clients, and who is who among the processes.
 * `driver`: plays the plan, waits until all is well again after each event, and judges.
+* `report`: what a run comes to.
+* `guard`: sees to it that nothing is left, however a run ends.
 """

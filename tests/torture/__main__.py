@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import random
-import shutil
-import signal
-import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Final
 
-from . import events
-from .driver import Driver, Result
+from tests.conftest import Holdings
+
+from . import events, guard, report
+from .driver import Driver
 from .world import Violation, World
 
-_CLONE_NEWIPC: Final = 0x08000000
+VIOLATED: Final = 1
 
 
 def main() -> int:
@@ -46,55 +44,43 @@ def main() -> int:
         for event in plan:
             say(str(event))
         return 0
-    return play(plan, seed, given)
-
-
-def isolate() -> None:
-    """Semaphores of our own, so that what is left of them is ours. Without the right to that, others' may be blamed."""
-    ctypes.CDLL(None).unshare(_CLONE_NEWIPC)
-
-
-def play(plan: list[events.Event], seed: int, given: argparse.Namespace) -> int:
-    begin = time.monotonic()
-    until = begin + (given.seconds or 6 * len(plan) + 120)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    guard.isolate()
+    before = Holdings.now()
     # Short, for the paths of Unix sockets are.
     directory = Path(tempfile.mkdtemp(prefix="snap-torture-"))
-    keep = given.keep
-    isolate()
+    code = guard.watched()
+    if code is None:
+        return play(plan, seed, given, directory)
+    guard.tidy(before)
+    if code == VIOLATED or given.keep:
+        say(f"kept: {directory}")
+    else:
+        guard.remove(directory)
+    return code
+
+
+def play(plan: list[events.Event], seed: int, given: argparse.Namespace, directory: Path) -> int:
+    """The driver's life. The guard removes `directory`; who is interrupted does it too, for the guard may be gone."""
+    begin = time.monotonic()
+    until = begin + (given.seconds or 6 * len(plan) + 120)
     world = World(directory, seed, given.standby)
     driver = Driver(world, given.clients, say)
     try:
         driver.play(plan, until)
     except Violation as violation:
-        keep = True
         say(f"VIOLATION: {violation}")
         say(f"seed {seed}: repeat with `python -m tests.torture --seed {seed} --events {given.events}`")
-        return 1
+        return VIOLATED
+    except SystemExit:
+        world.end_all()
+        if not given.keep:
+            guard.remove(directory)
+        raise
     finally:
         world.end_all()
-        if keep:
-            say(f"kept: {directory}")
-        else:
-            shutil.rmtree(directory, ignore_errors=True)
-    report(driver.result, seed, time.monotonic() - begin)
+    say(f"seed {seed}: {len(driver.result.happened)} events in {time.monotonic() - begin:.0f} s")
+    say(report.table(driver.result))
     return 0
-
-
-def report(result: Result, seed: int, seconds: float) -> None:
-    blackouts = sorted(result.blackouts_ns)
-    say(f"seed {seed}: {sum(result.events.values())} events in {seconds:.0f} s")
-    say(f"  {dict(result.events.most_common())}")
-    say(f"  {dict(result.outcomes.most_common(12))}")
-    say(
-        f"  {result.operations} operations of {result.sessions} clients: 0 lost, 0 doubled, 0 wrong, 0 left behind"
-    )
-    say(f"  longest gap of a client {result.longest_gap_ns / 1e6:.0f} ms")
-    if blackouts:
-        worst = blackouts[-1] / 1e3
-        say(
-            f"  blackout of {len(blackouts)} flips: median {statistics.median(blackouts) / 1e3:.0f} us, most {worst:.0f} us"
-        )
 
 
 def say(text: str) -> None:

@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from snap import ipc
@@ -18,21 +17,11 @@ from snap.kernel.keeper import RESPAWN_WINDOW, RESPAWNS
 
 from . import ops, versions
 from .events import BAKE, Event
+from .report import Happened, Result
 from .world import HANGING, KEEPER, LOOK, PATIENCE, Violation, World
 
 _LONG: Final = 8.0
 """Seconds to find a victim that is about to appear."""
-
-
-@dataclass
-class Result:
-    events: Counter[str] = field(default_factory=Counter)
-    outcomes: Counter[str] = field(default_factory=Counter)
-    operations: int = 0
-    sessions: int = 0
-    longest_gap_ns: int = 0
-    blackouts_ns: list[int] = field(default_factory=list)
-    state_lost: int = 0
 
 
 class Driver:
@@ -60,18 +49,17 @@ class Driver:
             time.sleep(event.pause)
             if event.kills_kernel:
                 self._pace()
-            begin = time.monotonic()
+            begin = time.monotonic_ns()
             outcome = getattr(self, f"_{event.kind}")(event) or "done"
             self._clear_faults()
             while len(world.clients) < self.clients:
                 world.start_client()
-            acted = time.monotonic()
+            acted = time.monotonic_ns()
             world.settle()
-            self.result.events[event.kind] += 1
-            self.result.outcomes[outcome] += 1
-            self.say(
-                f"{event}: {outcome} ({acted - begin:.2f} s, well again after {time.monotonic() - acted:.2f} s)"
-            )
+            end = time.monotonic_ns()
+            self.result.happened.append(Happened(event.kind, outcome, begin, end))
+            took, well = (acted - begin) / 1e9, (end - acted) / 1e9
+            self.say(f"{event}: {outcome} ({took:.2f} s, well again after {well:.2f} s)")
         self._judge()
 
     # -- events ---------------------------------------------------------------------------------------------
@@ -104,14 +92,13 @@ class Driver:
         return outcome
 
     def _rollback(self, event: Event) -> str:
-        before = self.world.module()["version"]
         try:
             view = self._finish(self._number(self.world.call("module.rollback", name="tally", wait=False)))
         except NotFoundError:
             return "nothing to roll back to"
         self._demand(view["outcome"] == "committed", event, view)
         self._note(view)
-        return f"committed, {before} to {view['to_version']}"
+        return "committed"
 
     def _concurrent(self, event: Event) -> str:
         first = self._begin(event.version)
@@ -252,9 +239,13 @@ class Driver:
             world.send(pid, signal.SIGKILL)
 
     def _pause(self, pid: int, seconds: float) -> None:
+        begin = time.monotonic_ns()
         if pid and self.world.send(pid, signal.SIGSTOP):
             time.sleep(seconds)
             self.world.send(pid, signal.SIGCONT)
+            for client in self.world.clients:
+                if client.process.pid == pid:
+                    client.stops.append((begin, time.monotonic_ns()))
 
     @contextmanager
     def _waking(self, seconds: float) -> Iterator[None]:
@@ -310,7 +301,7 @@ class Driver:
             raise Violation(world.diagnosis(f"left behind: {left}"))
         self.result.operations = world.operations
         self.result.sessions = len(world.sessions)
-        self.result.longest_gap_ns = max((session.gap_ns for session, _, _ in world.sessions), default=0)
+        self.result.waits = world.waits
 
     def _compare_state(self) -> None:
         digest: Counter[int] = Counter()

@@ -26,6 +26,9 @@ ENDED: Final = 3
 LOST: Final = 4
 """The client was told that the engine lost its state."""
 
+LONG_NS: Final = 10_000_000
+"""Shorter waits for an answer are not told."""
+
 _KINDS: Final = {SENT: "sent", RECEIVED: "received", ENDED: "ended", LOST: "lost"}
 
 
@@ -59,13 +62,13 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Session:
-    """What a ledger says. `gap_ns`: the longest between two records of answers."""
+    """What a ledger says. `waits`: from when to when no answer came, where that was long; CLOCK_MONOTONIC ns."""
 
     sent: int
     received: int
     ended: bool
     lost: bool
-    gap_ns: int
+    waits: list[tuple[int, int]]
 
 
 def received(path: Path) -> int:
@@ -88,8 +91,9 @@ def check(path: Path, model: Model) -> Session:
 
     Raises Wrong when anything came twice, not at all, out of order, or with other bytes than the model's.
     """
-    sent = got = crc = gap = last_ns = 0
+    sent = got = crc = last_ns = 0
     ended = lost = False
+    waits = []
     data = path.read_bytes()
     for kind, first, last, noted, at in RECORD.iter_unpack(data[: len(data) // RECORD.size * RECORD.size]):
         if kind == SENT:
@@ -102,7 +106,9 @@ def check(path: Path, model: Model) -> Session:
                 raise Wrong(
                     f"client {model.client}: the answers to operations {first} to {last} are not the model's"
                 )
-            gap, last_ns = max(gap, at - last_ns if last_ns else 0), at
+            if last_ns and at - last_ns >= LONG_NS:
+                waits.append((last_ns, at))
+            last_ns = at
         elif kind == ENDED:
             ended = True
         elif kind == LOST:
@@ -113,7 +119,7 @@ def check(path: Path, model: Model) -> Session:
             raise Wrong(f"client {model.client}: operation {got} was answered, {sent} were sent")
     if ended and got != sent:
         raise Wrong(f"client {model.client}: {sent - got} operations of {sent} were never answered")
-    return Session(sent, got, ended, lost, gap)
+    return Session(sent, got, ended, lost, waits)
 
 
 def _follow(kind: int, before: int, first: int, last: int) -> int:

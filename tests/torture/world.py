@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import random
 import signal
@@ -11,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +19,7 @@ from snap.ipc.control import ControlClient
 from snap.kernel.daemon import parser
 from tests.conftest import Holdings, descendants, leaked_since
 
-from . import ledger, versions
+from . import guard, ledger, versions
 from .client import MODES
 from .ops import Model, Wrong
 
@@ -52,7 +51,6 @@ bytes = "1GiB"
 [modules.tally]
 autostart = true
 """
-_PR_SET_CHILD_SUBREAPER: Final = 36
 
 
 class Violation(Exception):
@@ -68,12 +66,12 @@ class ClientProcess:
     ledger: Path
     errors: Path
     killed: bool = False
-    losing: bool = False
-    """Its engine was made to lose its state: it may be told so."""
+    stops: list[tuple[int, int]] = field(default_factory=list)
+    """From when to when it was itself stopped; CLOCK_MONOTONIC ns."""
 
 
 class World:
-    """Entered with `with`; leaves nothing behind but, when `keep` is set, its folder."""
+    """In a folder, which is the caller's to remove. `end_all` ends what `stop_kernel` did not."""
 
     def __init__(self, directory: Path, seed: int, standby: bool = False) -> None:
         self.directory, self.seed = directory, seed
@@ -84,12 +82,14 @@ class World:
         self.sessions: list[tuple[ledger.Session, Model, bool]] = []
         """Of clients that are gone: what their ledger says, the model after it, and whether the client was killed."""
         self.operations = 0
+        self.waits: list[tuple[int, int]] = []
+        """Of clients that are gone: from when to when no answer came, though they were there to take it."""
         self._chance = random.Random(f"clients {seed}")
         self._number = 0
         self._control: ControlClient | None = None
         self._kernel: subprocess.Popen[bytes] | None = None
         self._before = Holdings.now()
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        guard.adopt_orphans()
         for folder in (self.faults, directory / "modules", directory / "clients"):
             folder.mkdir()
         versions.write(versions.GOOD[0], directory / "modules", standby)
@@ -220,6 +220,11 @@ class World:
         if not (client.killed or session.ended):
             raise Violation(self.diagnosis(f"client {client.number} left without an end in its ledger"))
         self.operations += session.received
+        self.waits += [
+            (begin, end)
+            for begin, end in session.waits
+            if not any(begin < woken and stopped < end for stopped, woken in client.stops)
+        ]
         self.sessions.append((session, model, client.killed))
         client.ledger.unlink()
 
@@ -301,22 +306,11 @@ class World:
         return {**left, **({"sockets": files} if files else {})}
 
     def end_all(self) -> None:
-        """By force; for a run that failed."""
+        """By force; for a run that failed, or was interrupted."""
         if self._control is not None:
             self._control.close()
             self._control = None
-        for _ in range(100):
-            left = descendants(os.getpid())
-            for pid in left:
-                self.send(pid, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
-            if not left:
-                break
-            time.sleep(LOOK)
-        if self._kernel is not None:
-            self._kernel.wait()
+        guard.tidy(self._before)
 
     # -- telling --------------------------------------------------------------------------------------------
 
