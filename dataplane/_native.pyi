@@ -97,6 +97,8 @@ class Endpoint:
         """Raise the error of the channel's state (RevokedError, PeerGoneError, FaultedError, ClosedError), if any."""
     def close(self) -> None:
         """Unmap; idempotent. Loans and payloads that are still held keep their memory mapped."""
+    def abandon(self) -> None:
+        """Close, and end the channel, which in a `Ledger` would outlive this end: nobody is left to serve it."""
     @property
     def closed(self) -> bool: ...
     @property
@@ -382,7 +384,8 @@ class Worker:
         """An eventfd that is rung when `take_news` has something."""
     @property
     def alive(self) -> bool: ...
-    def stop(self, timeout: float = 1.0) -> None: ...
+    def stop(self, timeout: float = 1.0, last: bool = False) -> None:
+        """`last`: nobody serves the channels after this, and they end."""
 
 def engine_schema(engine: str) -> tuple[str, int, int, list[ObjectSpec]]:
     """Schema name, version, oldest readable version and objects of a native engine."""

@@ -225,7 +225,7 @@ class Host:
 
     def _stop(self, grace: float, code: int = 0, tidy: bool = False) -> NoReturn:
         # On a thread: neither an engine nor on_stop may outlast the grace period.
-        thread = threading.Thread(target=self._wind_down, args=(grace,), name="stop", daemon=True)
+        thread = threading.Thread(target=self._wind_down, args=(grace, tidy), name="stop", daemon=True)
         thread.start()
         thread.join(grace)
         if not self._stopped:
@@ -235,9 +235,9 @@ class Host:
                 _remove(seat.semaphore)
         _exit(code if self._stopped else 1)
 
-    def _wind_down(self, grace: float) -> None:
+    def _wind_down(self, grace: float, last: bool) -> None:
         for seat in self.seats.values():
-            seat.stop(grace)
+            seat.stop(grace, last)
         if self._module is not None:
             self._module.on_stop()
         self._stopped = True

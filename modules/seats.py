@@ -219,10 +219,10 @@ class Seat:
         if self._worker is not None:
             self._worker.hand_over(retire)
 
-    def stop(self, timeout: float) -> None:
-        """On a thread that may wait."""
+    def stop(self, timeout: float, last: bool) -> None:
+        """On a thread that may wait. `last`: nobody serves after this, and the clients are told."""
         if self._worker is not None:
-            self._worker.stop(timeout)
+            self._worker.stop(timeout, last and self.stage == "running")
 
     def _serve_news(self) -> None:
         worker = self._worker

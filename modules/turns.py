@@ -165,10 +165,13 @@ class Turns:
         """At a boundary: see what others ask of the state."""
         self._ledger.polled()
 
-    def close(self) -> None:
-        """Unmap every channel: they go on, with whoever serves them next."""
+    def close(self, last: bool = False) -> None:
+        """Unmap every channel: they go on, with whoever serves them next; with `last` they end."""
         for channel in [*self.engine.channels, *self._coming, *self._going]:
-            channel.close()
+            if last:
+                channel.abandon()
+            else:
+                channel.close()
 
     def _after(self, done: int) -> None:
         if self._allowed < self.budget:

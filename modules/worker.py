@@ -50,7 +50,7 @@ class Runner(Protocol):
     def fileno(self) -> int: ...
     @property
     def alive(self) -> bool: ...
-    def stop(self, timeout: float = 1.0) -> None: ...
+    def stop(self, timeout: float = 1.0, last: bool = False) -> None: ...
 
 
 class PythonWorker:
@@ -79,7 +79,7 @@ class PythonWorker:
         self._stats, self._stats_index, self._wait = stats, stats_index, wait
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._news: deque[News] = deque()
-        self._stopping = self._handing_over = self._retiring = False
+        self._stopping = self._handing_over = self._retiring = self._last = False
         self._waiting_for_room: set[ServerChannel] = set()
         self._watched: set[_native.Endpoint] = set()
         self._polls = self._work = self._busy_ns = self._published_ns = self._fruitless = 0
@@ -117,10 +117,10 @@ class PythonWorker:
     def alive(self) -> bool:
         return self._thread.is_alive() and not self.crash
 
-    def stop(self, timeout: float = 1.0) -> None:
-        """End the engine after its current poll; what it has is handed over to whoever comes. Raises
-        TimeoutError when that takes longer than `timeout` seconds."""
-        self._stopping = True
+    def stop(self, timeout: float = 1.0, last: bool = False) -> None:
+        """End the engine after its current poll; what it has is handed over to whoever comes, but if it is the `last`
+        the channels end. Raises TimeoutError when that takes longer than `timeout` seconds."""
+        self._stopping, self._last = True, last
         self._wake()
         self._thread.join(timeout)
         if self._thread.is_alive():
@@ -158,7 +158,7 @@ class PythonWorker:
             if isinstance(error, ResourceError) and not self._turns.owned:
                 said = str(error)  # the semaphore is gone: nobody wants this engine any more
         else:
-            self._turns.close()
+            self._turns.close(self._last)
         finally:
             self._tell("ended", 0, said)
 

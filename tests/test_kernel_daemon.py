@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 
 from snap.dataplane.errors import BusyError, DeadlineError, NotRunningError
-from snap.ipc import aconnect, paths
+from snap.ipc import PeerGoneError, aconnect, paths
+from tests.conftest import OWNER_MAY_ALL, descendants
 from tests.kernel_rig import ECHO, LIMITS, SERVES, Rig, fake_host, run, running, write_module
 
 AUTOSTART = """\
@@ -375,6 +377,31 @@ def test_what_a_killed_kernel_left_is_taken_over_by_the_next_one(kernel: Callabl
             channel.send(b"x")
             assert channel.recv(timeout=10) == b"x"
         assert control.call("module.show", name="echo")["pid"] == pid
+
+
+@pytest.mark.parametrize("language", ["rust", "python"])
+def test_without_kernel_and_keeper_modules_end_and_clients_are_told(
+    tmp_path: Path, kernel: Callable[..., Any], language: str
+) -> None:
+    write_module(tmp_path / "modules", "slate")
+    one = kernel(OWNER_MAY_ALL, tmp_path / "modules")
+    service = "echo" if language == "rust" else "slate"
+    with one.control() as control:
+        control.call("module.start", name=service)
+        module = control.call("module.show", name=service)["pid"]
+    with one.connect() as client, client.open(service) as channel:
+        channel.send(b"x")
+        assert channel.recv(timeout=10) == b"x"
+        keepers = [pid for pid in descendants(one.pid) if title(pid) == "snap: keeper"]
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first: neither starts the other again
+            for pid in (one.pid, *keepers):
+                os.kill(pid, number)
+        with pytest.raises(PeerGoneError):
+            channel.recv(timeout=20)
+    end = time.monotonic() + 20
+    while alive(module) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not alive(module)
 
 
 def test_operators_hear_events_as_they_happen(kernel: Callable[..., Any]) -> None:

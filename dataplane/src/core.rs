@@ -251,12 +251,20 @@ impl Core {
 
     /// Close this end and tell the other one, if the channel was still open and ends with it. Idempotent.
     pub fn close(&self) {
+        self.leave(!self.in_ledger.load(Ordering::Acquire));
+    }
+
+    /// Close this end and the channel with it, though it was to outlive this end: nobody is left to serve it.
+    pub fn abandon(&self) {
+        self.leave(true);
+    }
+
+    fn leave(&self, ends: bool) {
         if self.standing.swap(Standing::Closed as u8, Ordering::AcqRel) == Standing::Closed as u8 {
             return;
         }
         let state = self.ring.u32_at(layout::OFF_STATE).load(Ordering::Acquire);
-        let ends = matches!(State::from_word(state), Some(State::Open | State::Paused));
-        if ends && !self.in_ledger.load(Ordering::Acquire) {
+        if ends && matches!(State::from_word(state), Some(State::Open | State::Paused)) {
             set_state(&self.ring, &self.bells, State::Gone, None);
         } else {
             set_state_unchanged(&self.ring, &self.bells);

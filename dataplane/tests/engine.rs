@@ -94,7 +94,7 @@ fn a_dropped_channel_cannot_keep_the_worker_awake_and_the_others_are_served() {
     }
     // An idle worker looks around by itself, a few times a second; each of 200 rings would be seen here.
     assert!(polls.load(Ordering::Relaxed) - before < 100);
-    assert!(worker.stop(LIMIT));
+    assert!(worker.stop(LIMIT, false));
 }
 
 #[test]
@@ -108,7 +108,7 @@ fn a_panicking_engine_ends_alone_and_says_so() {
     let mut worker = worker(Box::new(Panics));
     until("the end", || !worker.alive());
     assert!(worker.take_news().iter().any(|news| matches!(news, News::Ended(text) if text == "on purpose")));
-    assert!(worker.stop(LIMIT));
+    assert!(worker.stop(LIMIT, false));
 }
 
 #[test]

@@ -53,6 +53,8 @@ struct Shared {
     poller: Poller,
     ownership: Option<Ownership>,
     stop: AtomicBool,
+    /// Nobody serves the channels after this.
+    last: AtomicBool,
     hand_over: AtomicBool,
     retire: AtomicBool,
     alive: AtomicBool,
@@ -122,6 +124,7 @@ impl Worker {
             poller: Poller::new()?,
             ownership: settings.ownership.take(),
             stop: AtomicBool::new(false),
+            last: AtomicBool::new(false),
             hand_over: AtomicBool::new(false),
             retire: AtomicBool::new(false),
             alive: AtomicBool::new(true),
@@ -214,8 +217,9 @@ impl Worker {
     }
 
     /// End the thread; it finishes its current poll, and what it did is left to whoever serves next. True when it ended
-    /// within `timeout`.
-    pub fn stop(&mut self, timeout: Duration) -> bool {
+    /// within `timeout`. With `last` nobody serves next, and the channels end.
+    pub fn stop(&mut self, timeout: Duration, last: bool) -> bool {
+        self.shared.last.store(last, Ordering::Release);
         self.shared.stop.store(true, Ordering::Release);
         self.wake();
         let end = Instant::now() + timeout;
@@ -333,7 +337,12 @@ fn live(shared: &Shared, settings: &mut Settings) -> Result<()> {
         }
     }
     for channel in lock(&shared.parked).iter_mut().flat_map(|running| running.channels.iter_mut()) {
-        channel.rx.core().close();
+        let core = channel.rx.core();
+        if shared.last.load(Ordering::Acquire) {
+            core.abandon();
+        } else {
+            core.close();
+        }
     }
     Ok(())
 }

@@ -437,6 +437,10 @@ impl Endpoint {
         self.core.close();
     }
 
+    fn abandon(&self) {
+        self.core.abandon();
+    }
+
     #[getter]
     fn closed(&self) -> bool {
         self.core.closed()

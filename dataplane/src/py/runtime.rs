@@ -265,11 +265,11 @@ impl Worker {
         self.worker().alive()
     }
 
-    #[pyo3(signature = (timeout=1.0))]
-    fn stop(&self, py: Python<'_>, timeout: f64) -> PyResult<()> {
+    #[pyo3(signature = (timeout=1.0, last=false))]
+    fn stop(&self, py: Python<'_>, timeout: f64, last: bool) -> PyResult<()> {
         let limit = Duration::try_from_secs_f64(timeout.max(0.0))
             .map_err(|_| PyValueError::new_err("timeout must be seconds"))?;
-        if py.detach(|| self.worker().stop(limit)) {
+        if py.detach(|| self.worker().stop(limit, last)) {
             return Ok(());
         }
         Err(raise(py, "DeadlineError", "the engine did not end its poll", "it hangs: end its process"))
