@@ -3,7 +3,8 @@
     python -m tests.torture.client RUNTIME_DIR CLIENT SEED LEDGER MODE WINDOW PATIENCE
 
 It ends when its standard input does, having got an answer to everything. Exit codes: 0 all was well; 3 an answer did not
-come within PATIENCE seconds; 4 an answer was wrong; 5 the channel failed; 6 the engine lost its state, and said so.
+come within PATIENCE seconds; 4 an answer was wrong; 5 the channel failed; 6 the engine lost its state, and said so;
+7 the engine is gone for good, and that was said.
 The reason is on standard error; SIGUSR1 prints the stacks.
 """
 
@@ -23,7 +24,7 @@ from typing import Final, Protocol
 import setproctitle
 
 from snap import ipc
-from snap.ipc import Channel, SnapError, StateLostError
+from snap.ipc import Channel, PeerGoneError, SnapError, StateLostError
 
 from .ledger import Ledger
 from .ops import Model, Wrong
@@ -34,6 +35,7 @@ STUCK: Final = 3
 WRONG: Final = 4
 FAILED: Final = 5
 LOST: Final = 6
+GONE: Final = 7
 POOL: Final = 4 << 20
 """Who sends a whole window before looking at answers needs room for it on both ways."""
 
@@ -255,6 +257,8 @@ def _say(session: Session, ledger: Ledger, error: BaseException) -> int:
     if isinstance(error, StateLostError):
         ledger.lost()
         return LOST
+    if isinstance(error, PeerGoneError):
+        return GONE
     if isinstance(error, Stuck):
         faulthandler.dump_traceback(all_threads=True)
         return STUCK

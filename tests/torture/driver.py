@@ -165,6 +165,14 @@ class Driver:
             self.world.send(pid, signal.SIGKILL)
         self.world.until("another keeper", lambda: set(self.world.processes("keeper")) - set(before) != set())
 
+    def _kill_both(self, event: Event) -> None:
+        """The documented end: modules end by themselves, clients are told, and another kernel begins with nothing."""
+        both = self.world.processes("kernel") + self.world.processes("keeper")
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first: neither starts the other again
+            for pid in both:
+                self.world.send(pid, number)
+        self.world.begin_anew()
+
     def _kill_client(self, event: Event) -> None:
         self.world.kill_client(self.world.clients[event.client % len(self.world.clients)])
 
@@ -297,7 +305,7 @@ class Driver:
             world.end_client(client)
         self._compare_state()
         world.stop_kernel()
-        if left := world.leftovers():
+        if left := world.leftovers() or world.socket_files():
             raise Violation(world.diagnosis(f"left behind: {left}"))
         self.result.operations = world.operations
         self.result.sessions = len(world.sessions)

@@ -40,7 +40,8 @@ WEIGHTS: Final = {
     "kill_kernel": 6,
     "stop_kernel": 3,
     "upgrade_kernel": 3,
-    "kill_keeper": 1,
+    "kill_keeper": 2,
+    "kill_both": 1,
     "kill_client": 5,
     "stop_client": 3,
     "leave_client": 4,
@@ -71,7 +72,7 @@ class Event:
 
     @property
     def kills_kernel(self) -> bool:
-        return self.kind == "kill_kernel" or (
+        return self.kind in ("kill_kernel", "kill_both") or (
             self.action == "kill" and (self.victim == "kernel" or self.point.startswith("kernel."))
         )
 

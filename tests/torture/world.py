@@ -20,7 +20,7 @@ from snap.kernel.daemon import parser
 from tests.conftest import Holdings, descendants, leaked_since
 
 from . import guard, ledger, versions
-from .client import MODES
+from .client import GONE, MODES
 from .ops import Model, Wrong
 
 ROOT: Final = Path(__file__).parent.parent.parent
@@ -137,12 +137,30 @@ class World:
         view: dict[str, Any] = self.ask("module.show", name=versions.MODULE)
         return view
 
-    def stop_kernel(self) -> None:
-        """As an operator does, and everything is gone after it."""
-        self.ask("kernel.stop")
+    def begin_anew(self) -> None:
+        """After the end of kernel and keeper: all else ends by itself, and leaves nothing; then another kernel."""
+        self.until("the modules to end", lambda: not self.processes())
+        self._disconnect()
+        for client in list(self.clients):
+            self.until(f"client {client.number} to be told", lambda c=client: c.process.poll() is not None)
+            if client.process.returncode != GONE:
+                self._accuse(client)
+            client.killed = True
+            self.end_client(client)
+        if left := self.leftovers():
+            raise Violation(self.diagnosis(f"left behind: {left}"))
+        self.sessions.clear()
+        self.start_kernel()
+
+    def _disconnect(self) -> None:
         if self._control is not None:
             self._control.close()
             self._control = None
+
+    def stop_kernel(self) -> None:
+        """As an operator does, and everything is gone after it."""
+        self.ask("kernel.stop")
+        self._disconnect()
         self.until("everything to end", lambda: not self.processes())
         if self._kernel is not None:
             self._kernel.wait()
@@ -296,20 +314,20 @@ class World:
             time.sleep(LOOK)
 
     def leftovers(self) -> dict[str, Any]:
-        """What is left when all should be gone; empty when nothing is."""
+        """What is left of the machine's when all should be gone; empty when nothing is."""
         end = time.monotonic() + 5.0
         while left := leaked_since(self._before):
             if time.monotonic() > end:
                 break
             time.sleep(LOOK)
-        files = [str(path.relative_to(self.runtime)) for path in self.runtime.rglob("*") if path.is_socket()]
-        return {**left, **({"sockets": files} if files else {})}
+        return left
+
+    def socket_files(self) -> list[str]:
+        return [str(path.relative_to(self.runtime)) for path in self.runtime.rglob("*") if path.is_socket()]
 
     def end_all(self) -> None:
         """By force; for a run that failed, or was interrupted."""
-        if self._control is not None:
-            self._control.close()
-            self._control = None
+        self._disconnect()
         guard.tidy(self._before)
 
     # -- telling --------------------------------------------------------------------------------------------
