@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
 from snap.dataplane import _native
@@ -69,8 +70,10 @@ class PythonWorker:
         budget: int = 64,
         wait: int = _native.ADAPTIVE,
         migration: Migration | None = None,
+        channels: Sequence[tuple[int, ServerChannel, int]] = (),
     ) -> None:
-        """Begins to wait for the ownership at once. semaphore -1: there is none (tests, benchmarks)."""
+        """Begins to wait for the ownership at once, with `channels` attached (see `attach`). semaphore -1: there is none
+        (tests, benchmarks)."""
         self.crash = ""
         self._engine, self._generation, self._migration = engine, generation, migration
         self._ownership = None if semaphore < 0 else _native.Ownership(semaphore)
@@ -84,6 +87,8 @@ class PythonWorker:
         self._watched: set[_native.Endpoint] = set()
         self._polls = self._work = self._busy_ns = self._published_ns = self._fruitless = 0
         engine._mailbox.wake = self._poller.wake
+        for channel in channels:
+            self.attach(*channel)
         self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
         self._thread.start()
 

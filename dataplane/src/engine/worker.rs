@@ -81,6 +81,8 @@ pub struct Settings {
     /// Run when the ownership was got for the first time, before anything is taken over: what is left of a migration. When it
     /// fails, nothing is taken.
     pub finish: Option<Finish>,
+    /// Those that are there from the beginning: the first poll misses none of them.
+    pub channels: Vec<Channel>,
 }
 
 pub type Finish = Box<dyn FnOnce() -> std::result::Result<(), Refusal> + Send>;
@@ -116,12 +118,17 @@ impl Shared {
 impl Worker {
     /// Begins to wait for the ownership at once; without one, the engine is owned.
     pub fn start(engine: Box<dyn Engine>, mut settings: Settings) -> Result<Worker> {
-        let running =
+        let poller = Poller::new()?;
+        let mut running =
             Running { engine, channels: Channels::default(), segment: settings.segment.clone(), owned: false };
+        for channel in settings.channels.drain(..) {
+            poller.add(channel.rx.core().own_bell())?;
+            running.attach(channel);
+        }
         let shared = Arc::new(Shared {
             mailbox: Mailbox::default(),
             parked: Mutex::new(Some(running)),
-            poller: Poller::new()?,
+            poller,
             ownership: settings.ownership.take(),
             stop: AtomicBool::new(false),
             last: AtomicBool::new(false),

@@ -181,7 +181,7 @@ impl Worker {
 #[pymethods]
 impl Worker {
     #[new]
-    #[pyo3(signature = (name, engine, state, semaphore, generation, stats_fd=-1, stats_index=0, budget=64, wait=1, source=None, finish=None))]
+    #[pyo3(signature = (name, engine, state, semaphore, generation, stats_fd=-1, stats_index=0, budget=64, wait=1, source=None, finish=None, channels=Vec::new()))]
     #[allow(clippy::too_many_arguments)] // One call per engine; the names are the documentation.
     fn new(
         py: Python<'_>,
@@ -196,6 +196,7 @@ impl Worker {
         wait: u8,
         source: Option<&State>,
         finish: Option<Py<PyAny>>,
+        channels: Vec<(u64, Bound<'_, Endpoint>, usize)>,
     ) -> PyResult<Self> {
         let made = make(py, engine)?;
         if stats_index >= crate::stats::LINES || budget == 0 {
@@ -223,15 +224,17 @@ impl Worker {
             ownership: (semaphore >= 0).then(|| Ownership::new(semaphore)),
             generation,
             finish: finish.map(finisher),
+            channels: channels
+                .iter()
+                .map(|(channel, endpoint, line)| served(py, *channel, endpoint, *line))
+                .collect::<PyResult<_>>()?,
         };
         let worker = worker::Worker::start(made, settings).map_err(|error| convert(py, error))?;
         Ok(Worker { worker: Mutex::new(worker) })
     }
 
     fn attach(&self, py: Python<'_>, channel: u64, endpoint: &Bound<'_, Endpoint>, line: usize) -> PyResult<()> {
-        let endpoint = endpoint.get();
-        let channel = engine::Channel::new(channel, endpoint.tx().take(py)?, endpoint.rx().take(py)?, line)
-            .map_err(|error| state::convert(py, error))?;
+        let channel = served(py, channel, endpoint, line)?;
         match py.detach(|| self.worker().attach(channel, MAILBOX_TIMEOUT)) {
             Ok(true) => Ok(()),
             Ok(false) => Err(hangs(py)),
@@ -274,6 +277,13 @@ impl Worker {
         }
         Err(raise(py, "DeadlineError", "the engine did not end its poll", "it hangs: end its process"))
     }
+}
+
+/// Consumes the endpoint.
+fn served(py: Python<'_>, id: u64, endpoint: &Bound<'_, Endpoint>, line: usize) -> PyResult<engine::Channel> {
+    let endpoint = endpoint.get();
+    engine::Channel::new(id, endpoint.tx().take(py)?, endpoint.rx().take(py)?, line)
+        .map_err(|error| state::convert(py, error))
 }
 
 fn hangs(py: Python<'_>) -> PyErr {
