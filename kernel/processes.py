@@ -27,6 +27,8 @@ _READ: Final = 65536
 _NICE: Final = 10
 """A tenth of the weight of others: what a process that gets ready may cost the one that serves."""
 
+_SOON: Final = 0.1
+
 _LOOKS: Final = 20
 _EXIT_CODE: Final = 49  # of /proc/PID/stat, after the name: see proc_pid_stat(5)
 _LOOK_AGAIN: Final = 0.01
@@ -130,6 +132,7 @@ class Process:
         self._on_exit, self._child = on_exit, child
         self._looks = _LOOKS
         self._loop = asyncio.get_running_loop()
+        self._nice = 0
         self._loop.add_reader(pidfd, self._exited)
 
     @classmethod
@@ -176,8 +179,19 @@ class Process:
         """Leave the processors to others, or compete for them as everybody does. Its session is a scheduling group of
         its own where the OS has autogroups, and may be favoured less and as much again by whoever owns it; elsewhere
         nothing happens, for a nice value could not be taken back."""
-        with suppress(OSError):
-            Path(f"/proc/{self.pid}/autogroup").write_text(f"{_NICE if yes else 0}\n")
+        self._nice = _NICE if yes else 0
+        self._be_nice()
+
+    def _be_nice(self) -> None:
+        if self.pidfd < 0:
+            return
+        try:
+            Path(f"/proc/{self.pid}/autogroup").write_text(f"{self._nice}\n")
+        except BlockingIOError:
+            # The OS lets it happen ten times a second, unless root asks.
+            self._loop.call_later(_SOON, self._be_nice)
+        except OSError:
+            pass
 
     def kill(self) -> None:
         """Kill the process and its group."""

@@ -415,7 +415,10 @@ class Runner:
                 self.emit("module.started", {"pid": incarnation.pid, "generation": incarnation.generation})
             case protocol.Loaded(schemas=schemas):
                 self._loaded(incarnation, schemas)
-            case protocol.Progress():
+            case protocol.Progress(round=turn):
+                if turn:
+                    # It catches up with the one that serves: at their pace it would never.
+                    incarnation.step_back(False)
                 if mine:
                     self.perform(self.machine.handle_progress(self._now()))
             case protocol.Prepared(engine=engine):

@@ -1,8 +1,8 @@
 """State of one schema version into state of another, while the old one is still being used.
 
-`build` converts everything that is there and then, in rounds, what changed meanwhile; `catch_up` is one more
-round, for as long as the new engine waits; `finish` converts the rest when nobody runs the old engine any
-more. The old segment is only read, but for the marks that its engine sets on what it changes.
+`build` converts everything that is there, `converge` in rounds what changed meanwhile, until little is left;
+`catch_up` is one more round, for as long as the new engine waits; `finish` converts the rest when nobody runs the old
+engine any more. The old segment is only read, but for the marks that its engine sets on what it changes.
 
 What makes concurrent reading sound: marks are set after the change that they tell of, and in the order of the
 changes; slots have checksums, so that a half-written one is seen; and in each round whatever left its slot is deleted
@@ -34,7 +34,13 @@ _BATCH_BYTES: Final = 1 << 17
 """What is converted in one commit: well within the undo log."""
 
 _FEW: Final = 64
-_ROUNDS: Final = 12
+_ROUNDS: Final = 20
+_SHRINKS: Final = 0.8
+"""What a round of converting may have, of the one before, to be worth another."""
+
+_MOMENT: Final = 0.5
+"""Seconds for which nobody may serve, at the most, because of what is left to convert."""
+
 _ACKNOWLEDGED: Final = 3.0
 """Seconds for the old engine to say that it marks its changes; one that is idle looks once a second."""
 
@@ -80,15 +86,24 @@ class Migration:
         the engine was asked to mark its changes (tests have no other process that would answer)."""
         self.source.track(True)
         asked()
-        if not self._acknowledged():
-            return
-        self._convert_all()
+        if self._acknowledged():
+            self._convert_all()
+
+    def converge(self) -> None:
+        """Convert what changed meanwhile, and what changed while that was done, until hardly anything did. Raises
+        SchemaError when the state changes so fast that nobody would serve for more than a moment."""
         before = None
         for _ in range(_ROUNDS):
+            begin = time.monotonic()
             moved = self.catch_up()
-            if moved <= _FEW or (before is not None and moved > before * 0.8):
+            if moved <= _FEW or (before is not None and moved > before * _SHRINKS):
                 break
             before = moved
+        if moved > _FEW and (took := time.monotonic() - begin) > _MOMENT:
+            raise SchemaError(
+                f"the state changes faster than it is converted: {moved} entries within {took:.1f} s, again and again",
+                "upgrade when there is less to do",
+            )
         # Ready: what comes now is a part of waiting.
         self._step = lambda *_: None
 

@@ -1,6 +1,7 @@
 """Making an engine ready to run on a state segment: format it, check it, or fill it from one of another version.
 
-All of it happens before the engine owns anything, on a thread of low priority, while another generation serves.
+All of it happens before the engine owns anything, on a thread of low priority, while another generation serves; but
+what that changes meanwhile is caught up with as fast as it goes (`Migration.converge`).
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ import gc
 import os
 import selectors
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -90,26 +92,48 @@ class Seat:
     def _prepare(self, turn: int, before: Runner | None, state_fd: int, source_fd: int | None) -> None:
         """On its own thread, which leaves the processor to whoever serves."""
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
-        try:
-            if before is not None:
-                before.stop(_STOP)
-            faults.reach("module.prepare")
-            prepared = prepare(self._code, state_fd, source_fd, reporter(self.name, self._host.link.send))
+        with self._refusing(turn):
+            try:
+                if before is not None:
+                    before.stop(_STOP)
+                faults.reach("module.prepare")
+                prepared = prepare(self._code, state_fd, source_fd, reporter(self.name, self._host.link.send))
+            finally:
+                seqpacket.close_all([fd for fd in (state_fd, source_fd) if fd is not None])
             # What lives until now lives on: nothing of it is looked at again while the engine polls.
             gc.collect()
             gc.freeze()
+            self._host.post(lambda: self._prepared(turn, prepared))
+
+    def _prepared(self, turn: int, prepared: Prepared) -> None:
+        """Here, for a thread is as nice as who starts it: whoever catches up with the one that serves must be fast."""
+        if prepared.migration is None:
+            self._take_seat(turn, prepared)
+        else:
+            threading.Thread(
+                target=self._converge, args=(turn, prepared), name=f"converge {self.name}", daemon=True
+            ).start()
+
+    def _converge(self, turn: int, prepared: Prepared) -> None:
+        assert prepared.migration is not None
+        with self._refusing(turn):
+            prepared.migration.converge()
+            self._host.post(lambda: self._take_seat(turn, prepared))
+
+    @contextmanager
+    def _refusing(self, turn: int) -> Iterator[None]:
+        """What is raised inside is why the state is refused."""
+        try:
+            yield
         except SnapError as error:
-            refused = Refused(engine=self.name, code=error.code, message=str(error)[:_ERROR])
-            self._host.post(lambda: self._refuse(turn, refused))
+            code, said = error.code, str(error)
         except Exception as error:
             # Of the author's migration, most likely.
-            said = f"{type(error).__name__}: {error}"[:_ERROR]
-            refused = Refused(engine=self.name, code=SchemaError.code, message=said)
-            self._host.post(lambda: self._refuse(turn, refused))
+            code, said = SchemaError.code, f"{type(error).__name__}: {error}"
         else:
-            self._host.post(lambda: self._take_seat(turn, prepared))
-        finally:
-            seqpacket.close_all([fd for fd in (state_fd, source_fd) if fd is not None])
+            return
+        refused = Refused(engine=self.name, code=code, message=said[:_ERROR])
+        self._host.post(lambda: self._refuse(turn, refused))
 
     def _refuse(self, turn: int, refused: Refused) -> None:
         if turn == self._turn:
@@ -117,15 +141,13 @@ class Seat:
             self._host.link.send(refused)
 
     def _take_seat(self, turn: int, prepared: Prepared) -> None:
-        """From here on the engine waits for the ownership. Here, for a thread is as nice as who starts it."""
+        """From here on the engine waits for the ownership."""
         if turn != self._turn:
             return
         try:
-            worker = self._worker = self._start(prepared)
-            for attached in self._channels.values():
-                channel = attached.channel or server_channel(attached.order, attached.fds, self._host.gate_fd)
-                attached.channel = None
-                worker.attach(attached.order.channel, channel, channel.line)
+            worker = self._worker = self._start(
+                prepared, [self._endpoint(each) for each in self._channels.values()]
+            )
         except SnapError as error:
             self._refuse(turn, Refused(engine=self.name, code=error.code, message=str(error)[:_ERROR]))
             return
@@ -141,7 +163,12 @@ class Seat:
         )
         faults.reach("module.prepared")
 
-    def _start(self, prepared: Prepared) -> Runner:
+    def _endpoint(self, attached: _Attached) -> tuple[int, ServerChannel, int]:
+        channel, attached.channel = attached.channel, None
+        channel = channel or server_channel(attached.order, attached.fds, self._host.gate_fd)
+        return attached.order.channel, channel, channel.line
+
+    def _start(self, prepared: Prepared, channels: list[tuple[int, ServerChannel, int]]) -> Runner:
         host, table, migration = self._host, self._code.table, prepared.migration
         self._migration = migration
         place = (prepared.state, self.semaphore, host.order.generation)
@@ -156,6 +183,7 @@ class Seat:
                 _WAITS[table.wait],
                 None if migration is None else migration.source,
                 None if migration is None else migration.finish,
+                channels,
             )
         assert isinstance(self._code.engine, Engine)
         stats = _native.StatsPage(host.stats_fd, True)
@@ -168,6 +196,7 @@ class Seat:
             table.budget,
             _WAITS[table.wait],
             migration,
+            channels,
         )
 
     def _give_up_worker(self) -> Runner | None:

@@ -183,6 +183,7 @@ class EngineHarness:
                 verify(source)
                 migration = Migration(source, state, convert)
                 migration.build(self._turns.acknowledge)
+                migration.converge()
         except BaseException:
             if segment != self._segment:
                 os.close(segment)
