@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from snap.dataplane.errors import (
 )
 from snap.ipc import aconnect
 from snap.ipc.channel import Channel
-from tests.kernel_rig import ECHO, Rig, run, running, write_module
+from snap.kernel.supervision import Limits
+from tests.kernel_rig import ECHO, LIMITS, Rig, run, running, write_module
 
 MANIFEST = """\
 [module]
@@ -125,8 +127,10 @@ class Load:
 
 
 @asynccontextmanager
-async def loaded(base: Path, name: str = "sums", **rules: Any) -> AsyncIterator[tuple[Rig, Load]]:
-    async with running(base, rules, start=[name]) as rig, await aconnect(rig.directory) as client:
+async def loaded(
+    base: Path, name: str = "sums", limits: Limits = LIMITS, **rules: Any
+) -> AsyncIterator[tuple[Rig, Load]]:
+    async with running(base, rules, limits, start=[name]) as rig, await aconnect(rig.directory) as client:
         channel = await client.aopen(name)
         load = Load(channel)
         await load.some()
@@ -399,9 +403,11 @@ def test_whatever_the_old_process_does_in_an_upgrade_somebody_serves(
 ) -> None:
     write_sum(tmp_path / "modules", "one")
     new = write_sum(tmp_path / "new", "two")
+    # It is the upgrade that finds out: supervision may otherwise be first, if the new version takes long to start.
+    patient = replace(LIMITS, heartbeat=60)
 
     async def test() -> None:
-        async with loaded(tmp_path) as (rig, load):
+        async with loaded(tmp_path, limits=patient) as (rig, load):
             old = rig.kernel.runner("sums").machine.pid or 0
             begun = await upgrade(rig, new, wait=False)
             os.kill(old, number)
