@@ -112,6 +112,8 @@ GOOD: Final = (
 )
 BAD: Final = (
     Version("does_not_import", _one("raise ImportError('no such thing')"), reason="no such thing"),
+    Version("hangs_in_import", _one("time.sleep(3600)", before=_DIES), reason="progress", slow=True),
+    Version("hangs_in_on_start", _one(""), about=_ENTRY, reason="progress", slow=True),
     Version("is_no_python", "def poll(:\n", reason="(?i)syntax|import"),
     Version(
         "asks_for_more",
@@ -214,6 +216,7 @@ BAD: Final = (
 ALL: Final = {version.name: version for version in (*GOOD, *BAD)}
 
 _MAINS: Final = {
+    "hangs_in_on_start": "def on_start(self):\n    import time\n    time.sleep(3600)",
     "raises_in_on_start": "def on_start(self):\n    raise RuntimeError('cannot start')",
     "is_never_healthy": "def health(self):\n    return 'feeling ill'",
 }
