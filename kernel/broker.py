@@ -34,9 +34,10 @@ from snap.ipc.segment import Segment
 
 from .capability import Capability, CapabilityTable
 from .events import Events
+from .gatepage import GatePage
 from .incarnation import Incarnation
 from .principals import Principal
-from .runner import GatePage, Runner
+from .runner import Runner
 from .store import Store
 
 DEFAULT_SLOTS: Final = 1024

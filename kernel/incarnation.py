@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,19 @@ BACKLOG = 2 * _native.Gate.LINES
 _DECODER: protocol.Decoder[Any] = protocol.Decoder(protocol.FromModule)
 
 
-class Incarnation:
-    """Generation `generation` of a module, from the code in `found`.
+@dataclass(frozen=True)
+class Ears:
+    """Who hears of an incarnation. `message(incarnation, message, fds, size)` owns the descriptors, `bad` and `closed`
+    come from its link, `exit(incarnation, how, clean)` once when the process was reaped."""
 
-    `on_message(self, message, fds)` owns the descriptors, `on_bad(self, error)` and `on_closed(self, reason)` come from
-    its link, `on_exit(self, how, clean)` once when the process was reaped.
-    """
+    message: Callable[[Incarnation, Any, list[int], int], None]
+    bad: Callable[[Incarnation, ProtocolError], None]
+    closed: Callable[[Incarnation, str], None]
+    exit: Callable[[Incarnation, str, bool], None]
+
+
+class Incarnation:
+    """Generation `generation` of a module, from the code in `found`."""
 
     def __init__(self, generation: int, found: Found, log: Log, page: Segment | None = None) -> None:
         """`page` is the statistics' of a process that an earlier kernel started."""
@@ -55,22 +63,14 @@ class Incarnation:
         self.process: Process | None = None
         self.link: Connection | None = None
 
-    def start(
-        self,
-        host: Sequence[str],
-        on_message: Callable[[Incarnation, Any, list[int], int], None],
-        on_bad: Callable[[Incarnation, ProtocolError], None],
-        on_closed: Callable[[Incarnation, str], None],
-        on_exit: Callable[[Incarnation, str, bool], None],
-        outbox: Outbox,
-    ) -> None:
+    def start(self, host: Sequence[str], ears: Ears, outbox: Outbox) -> None:
         """Raises SnapError and OSError, with nothing left behind."""
         ours, theirs = seqpacket.pair()
         try:
             write = self.log.open()
             try:
                 limit = self.found.manifest.resources.descriptors or DESCRIPTORS
-                self.process = Process.start(host, theirs.fileno(), write, limit, partial(on_exit, self))
+                self.process = Process.start(host, theirs.fileno(), write, limit, partial(ears.exit, self))
             finally:
                 theirs.close()
                 seqpacket.close_all([write])
@@ -79,37 +79,21 @@ class Incarnation:
             theirs.close()
             self.release()
             raise
-        self._connect(ours, on_message, on_bad, on_closed, outbox)
+        self._connect(ours, ears, outbox)
 
-    def adopt(
-        self,
-        fds: Sequence[int],
-        pid: int,
-        on_message: Callable[[Incarnation, Any, list[int], int], None],
-        on_bad: Callable[[Incarnation, ProtocolError], None],
-        on_closed: Callable[[Incarnation, str], None],
-        on_exit: Callable[[Incarnation, str, bool], None],
-        outbox: Outbox,
-    ) -> None:
+    def adopt(self, fds: Sequence[int], pid: int, ears: Ears, outbox: Outbox) -> None:
         """Go on with a process of an earlier kernel: `fds` are link, pidfd and log."""
         link, pidfd, log = fds
-        self.process = Process.adopt(pid, pidfd, partial(on_exit, self))
+        self.process = Process.adopt(pid, pidfd, partial(ears.exit, self))
         self.log.adopt(log)
-        self._connect(socket.socket(fileno=link), on_message, on_bad, on_closed, outbox)
+        self._connect(socket.socket(fileno=link), ears, outbox)
 
-    def _connect(
-        self,
-        sock: socket.socket,
-        on_message: Callable[[Incarnation, Any, list[int], int], None],
-        on_bad: Callable[[Incarnation, ProtocolError], None],
-        on_closed: Callable[[Incarnation, str], None],
-        outbox: Outbox,
-    ) -> None:
+    def _connect(self, sock: socket.socket, ears: Ears, outbox: Outbox) -> None:
         self.link = Connection(
             sock,
-            lambda data, fds: self._decode(data, fds, on_message, on_bad),
-            partial(on_bad, self),
-            partial(on_closed, self),
+            partial(self._decode, ears),
+            partial(ears.bad, self),
+            partial(ears.closed, self),
             BACKLOG,
             outbox,
         )
@@ -214,17 +198,11 @@ class Incarnation:
             return None
         return pages * 4096
 
-    def _decode(
-        self,
-        data: bytes,
-        fds: list[int],
-        on_message: Callable[[Incarnation, Any, list[int], int], None],
-        on_bad: Callable[[Incarnation, ProtocolError], None],
-    ) -> None:
+    def _decode(self, ears: Ears, data: bytes, fds: list[int]) -> None:
         try:
             message = _DECODER.decode(data)
         except SnapError as error:
             seqpacket.close_all(fds)
-            on_bad(self, ProtocolError(error.message, error.hint))
+            ears.bad(self, ProtocolError(error.message, error.hint))
         else:
-            on_message(self, message, fds, len(data))
+            ears.message(self, message, fds, len(data))

@@ -20,7 +20,7 @@ from snap.ipc.discovery import Found, Problem, discover
 from snap.ipc.protocol import KernelView, ModuleView
 from snap.ipc.segment import reclaim
 
-from . import bootstrap, graph, operations, packages, supervision
+from . import bootstrap, graph, operations, packages, supervision, views
 from .audit import AuditLog, AuditRecord
 from .broker import Broker
 from .capability import CapabilityTable
@@ -175,17 +175,17 @@ class Kernel:
     # -- views ------------------------------------------------------------------------------------------------
 
     def module_views(self, log_lines: int = 3) -> list[ModuleView]:
-        views = [self.runner_view(runner, log_lines) for runner in self.runners.values()]
-        views += [_refused_view(found, why) for found, why in self.refused.values()]
-        return sorted(views, key=lambda view: view.name)
+        found = [self.runner_view(runner, log_lines) for runner in self.runners.values()]
+        found += [views.refused(each, why) for each, why in self.refused.values()]
+        return sorted(found, key=lambda view: view.name)
 
     def runner_view(self, runner: Runner, log_lines: int = 10) -> ModuleView:
-        return runner.view(log_lines, self.upgrades.running_of(runner))
+        return views.module(runner, log_lines, self.upgrades.running_of(runner))
 
     def module_view(self, name: str) -> ModuleView:
         """Raises NotFoundError."""
         if name in self.refused:
-            return _refused_view(*self.refused[name])
+            return views.refused(*self.refused[name])
         return self.runner_view(self.runner(name), log_lines=20)
 
     def view(self) -> KernelView:
@@ -211,7 +211,7 @@ class Kernel:
             table=self.table.record,
             principals=self.desk.record,
             channels=self.broker.record,
-            modules=lambda: {name: runner.record() for name, runner in self.runners.items()},
+            modules=lambda: {name: runner.heritage.record() for name, runner in self.runners.items()},
             members=lambda: [
                 [each.generation, who.id.partition("#")[0].removeprefix("module:"), who.id]
                 for each, who in self._principals.items()
@@ -240,7 +240,7 @@ class Kernel:
         members = {(name, generation): owner for generation, name, owner in data["members"]}
         processes = []
         for name, record in data["modules"].items():
-            for incarnation in self.runners[name].restore(record, take):
+            for incarnation in self.runners[name].heritage.restore(record, take):
                 processes.append((self.runners[name], incarnation))
                 owner = members.get((name, incarnation.generation))
                 if owner is not None:
@@ -265,7 +265,7 @@ class Kernel:
         )
         self.upgrades.restore(data["upgrades"])
         for runner, incarnation in processes:
-            runner.settle(incarnation, self.broker.fds_of)
+            runner.heritage.settle(incarnation, self.broker.fds_of)
         self._bootstrap.announce(self.broker.fds_of)
         self.desk.schedule_expiry()
         for runner in self.runners.values():
@@ -394,21 +394,3 @@ class Kernel:
             await asyncio.sleep(HEARTBEAT_PERIOD)
             for runner in self.runners.values():
                 runner.watch_heartbeats()
-
-
-def _refused_view(found: Found, why: str) -> ModuleView:
-    manifest = found.manifest
-    return ModuleView(
-        name=manifest.name,
-        version=manifest.module.version,
-        state=supervision.FAILED,
-        cause=f"refused: {why}",
-        pid=None,
-        generation=0,
-        restarts=0,
-        faults=0,
-        since=0.0,
-        path=str(found.path),
-        provides=list(manifest.provides),
-        requires=list(manifest.requires.services),
-    )

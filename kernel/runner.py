@@ -7,7 +7,6 @@ hot standby. Each gets ready in the same way and then waits for the ownership of
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -15,18 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-import msgspec
-
-from snap.dataplane import _native
-from snap.dataplane.errors import ProtocolError, ResourceError, SnapError, StateDamagedError
+from snap.dataplane.errors import ProtocolError, SnapError, StateDamagedError
 from snap.ipc import faults, paths, protocol, seqpacket
 from snap.ipc.discovery import Found
-from snap.ipc.protocol import EngineView, ModuleView
-from snap.ipc.segment import Segment
 
-from . import packages, supervision
+from . import supervision
 from .events import Events
-from .incarnation import DESCRIPTORS, Incarnation
+from .gatepage import GatePage
+from .heritage import Heritage
+from .incarnation import Ears, Incarnation
 from .operations import Operations
 from .processes import Log
 from .record import Outbox
@@ -34,8 +30,6 @@ from .states import States
 from .store import Store
 from .supervision import Action, Supervision
 
-_ORDERS: Final[protocol.Decoder[Any]] = protocol.Decoder(protocol.ToModule)
-REPORT_DEADLINE: Final = 10.0
 _CULPRIT: Final = re.compile(r"\bengine ([a-z][a-z0-9_-]*)(?::| hung)")
 """Who ended a process, in what is said of its end."""
 
@@ -61,45 +55,6 @@ class Hooks:
     changed: Callable[[Runner], None]
     bad: Callable[[Runner, Incarnation, str], None]
     held: Callable[[Runner, Incarnation, dict[int, int]], None]
-
-
-class GatePage:
-    """The gate page of one module: lines are handed out and taken back; the module cannot write it."""
-
-    def __init__(self, fd: int | None = None) -> None:
-        """`fd` is the page of an earlier kernel. It cannot be sealed: the next kernel has to write it as well."""
-        size = _native.Gate.BYTES
-        self.segment = Segment.create(size) if fd is None else Segment.adopt(fd, size)
-        try:
-            self._gate = _native.Gate(self.segment.fd)
-            self.reader = os.open(f"/proc/self/fd/{self.segment.fd}", os.O_RDONLY | os.O_CLOEXEC)
-        except BaseException:
-            self.segment.close()
-            raise
-        self._free = list(range(_native.Gate.LINES - 1, -1, -1))
-
-    def take(self) -> int:
-        """A free line. Raises ResourceError when the module serves as many channels as it can."""
-        if not self._free:
-            raise ResourceError(f"the module serves {_native.Gate.LINES} channels already", "close some")
-        return self._free.pop()
-
-    def open(self, line: int, generation: int) -> None:
-        self._gate.open(line, generation)
-
-    def give_back(self, line: int) -> None:
-        self._gate.shut(line)
-        # At the far end: the longer a line rests, the surer that nobody still has its last channel in mind.
-        self._free.insert(0, line)
-
-    def hold(self, line: int) -> None:
-        """A channel of an earlier kernel has it."""
-        self._free.remove(line)
-
-    def close(self) -> None:
-        self._gate.close()
-        os.close(self.reader)
-        self.segment.close()
 
 
 class Follower(Protocol):
@@ -130,7 +85,7 @@ class Runner:
         outbox: Outbox | None = None,
     ) -> None:
         """`directory` is the kernel's runtime directory. Raises ResourceError."""
-        self._outbox = outbox or Outbox()
+        self.outbox = outbox or Outbox()
         self.found: Found = found
         self.origin: Found = found
         self.name = found.manifest.name
@@ -147,9 +102,10 @@ class Runner:
         self._host, self._events, self._hooks, self._store = host, events, hooks, store
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._seen = (machine.state, machine.since)
-        self._since = time.time()
+        self.since = time.time()
         self._stale = 0
-        self._reporting: dict[Incarnation, asyncio.TimerHandle] = {}
+        self.ears = Ears(self._on_message, self._on_bad, self._on_link_closed, self._on_exit)
+        self.heritage = Heritage(self, hooks.held)
 
     # -- facts and requests -----------------------------------------------------------------------------------
 
@@ -205,10 +161,21 @@ class Runner:
             self._stale = 0
             self.misbehaved(current, f"engine {stale} hung: no heartbeat for {limit:g} s")
 
+    def resume(self, machine: dict[str, Any], since: float) -> None:
+        """Go on with what supervision recorded in an earlier kernel; `since`: the time of day it entered its state."""
+        actions = self.machine.restore(machine)
+        self.since, self._seen = since, (self.machine.state, self.machine.since)
+        self.perform(actions)
+
+    def serving(self) -> None:
+        """The current process has all engines."""
+        self.perform(self.machine.handle_serving(self._now()))
+
     def close(self) -> None:
         """Give back what outlives the processes, which must have ended."""
-        for timer in (*self._timers.values(), *self._reporting.values()):
+        for timer in self._timers.values():
             timer.cancel()
+        self.heritage.close()
         self.log.close()
         self.states.close()
         self._forget_kept()
@@ -224,10 +191,8 @@ class Runner:
         self._store.put(f"gate.{self.name}", [self.gate.segment.fd])
         number = self.machine.next_generation() if generation is None else generation
         incarnation = Incarnation(number, found, self.log)
-        incarnation.start(
-            self._host, self._on_message, self._on_bad, self._on_link_closed, self._on_exit, self._outbox
-        )
-        self._store.put(self._label(incarnation), incarnation.fds)
+        incarnation.start(self._host, self.ears, self.outbox)
+        self._store.put(self.label(incarnation), incarnation.fds)
         kept = list(self.kept)
         order = protocol.Configure(
             name=self.name,
@@ -278,52 +243,6 @@ class Runner:
     def emit(self, kind: str, data: dict[str, Any]) -> None:
         self._events.emit(kind, f"module:{self.name}", **data)
 
-    # -- views ------------------------------------------------------------------------------------------------
-
-    def engine_views(self) -> list[EngineView]:
-        if self.current is None:
-            return [EngineView(name=name) for name in self.found.manifest.engines]
-        return self.current.engine_views()
-
-    def view(self, log_lines: int = 10, upgrade: int | None = None) -> ModuleView:
-        machine, manifest = self.machine, self.found.manifest
-        standby = "" if self.standby is None else "ready" if self.standby.ready else "starting"
-        return ModuleView(
-            name=self.name,
-            version=manifest.module.version,
-            state=machine.state,
-            cause=machine.cause,
-            pid=machine.pid,
-            generation=machine.generation,
-            restarts=machine.restarts,
-            faults=machine.faults,
-            since=self._since,
-            path=str(self.origin.path),
-            provides=list(manifest.provides),
-            requires=list(manifest.requires.services),
-            engines=self.engine_views(),
-            log_tail=list(self.log.tail)[-log_lines:] if log_lines else [],
-            sandbox=self._sandbox(),
-            memory_bytes=None if self.current is None else self.current.resident(),
-            standby=standby,
-            upgrade=upgrade,
-            state_bytes=self.states.bytes,
-        )
-
-    def _sandbox(self) -> list[dict[str, str]]:
-        """What confines the process, layer by layer."""
-        resources = self.found.manifest.resources
-        state = "applied" if self.machine.pid else "at start"
-        layers = [
-            {"layer": "process", "requested": "session of its own, inherits only its link", "state": state},
-            {"layer": "descriptors", "requested": str(resources.descriptors or DESCRIPTORS), "state": state},
-            {"layer": "core dumps", "requested": "none", "state": state},
-        ]
-        if resources.memory is not None:
-            unavailable = "unavailable: this release does not use cgroups"
-            layers.append({"layer": "memory", "requested": resources.memory, "state": unavailable})
-        return layers
-
     # -- what the machine decided -----------------------------------------------------------------------------
 
     def perform(self, actions: list[Action]) -> None:
@@ -350,7 +269,7 @@ class Runner:
                     self.emit(kind, data)
         now_in = (self.machine.state, self.machine.since)
         if now_in != self._seen:
-            self._seen, self._since = now_in, time.time()
+            self._seen, self.since = now_in, time.time()
             self._hooks.changed(self)
             self.operations.settle()
             self.want_standby()
@@ -428,7 +347,7 @@ class Runner:
                 if incarnation is self.standby and incarnation.ready:
                     self.emit("standby.ready", {"pid": incarnation.pid})
             case protocol.Took(engine=engine):
-                self._took(incarnation, engine)
+                self.took(incarnation, engine)
                 if self.follower is None:  # else it is of the upgrade
                     what = {"engine": engine, "generation": incarnation.generation, "undone": message.undone}
                     self.emit("engine.took", {**what, "first_poll_ns": message.first_poll_ns})
@@ -437,7 +356,7 @@ class Runner:
                 incarnation.prepared.add(engine)
             case protocol.Serving():
                 if mine:
-                    self.perform(self.machine.handle_serving(self._now()))
+                    self.serving()
             case protocol.Refused(engine=engine, code=code, message=text):
                 self._refused(incarnation, engine, code, text)
             case protocol.Broken(stage=stage, error=text):
@@ -449,7 +368,7 @@ class Runner:
             case protocol.Health():
                 pass
             case protocol.Holding():
-                self._reported(incarnation, message)
+                self.heritage.heard(incarnation, message)
             case protocol.Attached() | protocol.Dropped() | protocol.Failure():
                 incarnation.faults += isinstance(message, protocol.Dropped)
                 self._hooks.news(self, incarnation, message)
@@ -471,9 +390,9 @@ class Runner:
             self.perform(self.machine.handle_progress(self._now()))
         self._hooks.attach(self, incarnation)
         for engine in schemas:
-            self._prepare(incarnation, engine)
+            self.prepare(incarnation, engine)
 
-    def _prepare(self, incarnation: Incarnation, engine: str) -> None:
+    def prepare(self, incarnation: Incarnation, engine: str) -> None:
         assert incarnation.schemas is not None
         try:
             fds = self.states.assign(engine, incarnation.generation, incarnation.schemas[engine])
@@ -482,7 +401,7 @@ class Runner:
             return
         incarnation.send(protocol.Prepare(engine=engine, semaphore=self.states.seats[engine].semaphore), fds)
 
-    def _took(self, incarnation: Incarnation, engine: str) -> None:
+    def took(self, incarnation: Incarnation, engine: str) -> None:
         if engine not in incarnation.engines or engine not in self.states.seats:
             self._on_bad(incarnation, ProtocolError(f"it took {engine!r}, which is no engine of its"))
             return
@@ -500,7 +419,7 @@ class Runner:
                 self.dismiss_standby()
         elif self.follower is None and self._is_damage(incarnation, engine, code):
             self._replace_state(engine, text)
-            self._prepare(incarnation, engine)
+            self.prepare(incarnation, engine)
         else:
             self.misbehaved(incarnation, f"engine {engine} refused its state: {text}")
 
@@ -536,7 +455,7 @@ class Runner:
     def _on_exit(self, incarnation: Incarnation, how: str, clean: bool) -> None:
         self.alive.discard(incarnation)
         reason = f"{incarnation.error} ({how})" if incarnation.error else how
-        self._store.remove(self._label(incarnation))
+        self._store.remove(self.label(incarnation))
         incarnation.release()
         self._hooks.died(self, incarnation, reason)
         self.states.drop_pending(incarnation.generation)
@@ -567,124 +486,7 @@ class Runner:
         self.perform(self.machine.handle_failed_over(self._now(), how))
         self.adopt(standby, self.found)
 
-    # -- outliving the kernel ---------------------------------------------------------------------------------
-
-    def record(self) -> dict[str, Any]:
-        return {
-            "found": packages.record(self.found),
-            "origin": packages.record(self.origin),
-            "machine": self.machine.record(),
-            "states": self.states.record(),
-            "kept": list(self.kept),
-            "processes": [each.record() for each in self.incarnations if each.process is not None],
-            "current": None if self.current is None else self.current.generation,
-            "standby": None if self.standby is None else self.standby.generation,
-            "since": self._since,
-        }
-
-    def restore(self, record: dict[str, Any], take: Callable[[str], list[int]]) -> list[Incarnation]:
-        """Go on where an earlier kernel was, before anything is asked of this runner. `take(name)` gives descriptors
-        that were stored. Returns the module's processes; see `settle`.
-
-        Raises KeyError for what is not there, and SnapError.
-        """
-        if record["processes"] or record["states"]["seats"]:
-            self.gate.close()
-            self.gate = GatePage(take(f"gate.{self.name}")[0])
-        self.found, self.origin = packages.restored(record["found"]), packages.restored(record["origin"])
-        self.states.restore(record["states"], take)
-        self.kept = {name: take(f"keep.{self.name}.{name}")[0] for name in record["kept"]}
-        self._since = record["since"]
-        found = [self._restored(each, take) for each in record["processes"]]
-        for incarnation in found:
-            if incarnation.generation == record["current"]:
-                self.current = incarnation
-            elif incarnation.generation == record["standby"]:
-                self.standby = incarnation
-        actions = self.machine.restore(record["machine"])
-        self._seen = (self.machine.state, self.machine.since)
-        self.perform(actions)
-        return found
-
-    def settle(self, incarnation: Incarnation, fds_of: Callable[[Any], list[int]]) -> None:
-        """Of a restored process: one that nobody knows any more (an upgrade was under way) goes. Others get
-        what may not have been sent, but for what comes of their report; `fds_of` gives the descriptors of a
-        message."""
-        if incarnation not in self.incarnations:
-            incarnation.kill()
-            return
-        for data in incarnation.unsent:
-            message = _ORDERS.decode(data)
-            match message:
-                case protocol.Configure():
-                    incarnation.kill()  # it knows nothing yet: another one is as good
-                    return
-                case protocol.Attach() | protocol.Detach() | protocol.Report() | protocol.Check():
-                    pass
-                case protocol.Prepare(engine=engine):
-                    incarnation.unprepared.add(engine)
-                case _:
-                    incarnation.send(message, fds_of(message))
-        self.ask(incarnation)
-
-    def ask(self, incarnation: Incarnation) -> None:
-        """What it holds is compared with what was recorded; one that does not say it in time is killed."""
-        loop = asyncio.get_running_loop()
-        reason = f"did not say within {REPORT_DEADLINE:g} s what it holds"
-        self._reporting[incarnation] = loop.call_later(REPORT_DEADLINE, self.misbehaved, incarnation, reason)
-        incarnation.send(protocol.Report())
-
-    def _restored(self, record: dict[str, Any], take: Callable[[str], list[int]]) -> Incarnation:
-        generation = record["generation"]
-        link, pidfd, log, page = take(f"process.{self.name}.{generation}")
-        segment = Segment.adopt(page, _native.StatsPage.BYTES)
-        incarnation = Incarnation(generation, packages.restored(record["found"]), self.log, segment)
-        incarnation.error, incarnation.faults = record["error"], record["faults"]
-        incarnation.unsent = record["unsent"]
-        incarnation.prepared, incarnation.running = set(record["prepared"]), set(record["running"])
-        if record["schemas"] is not None:
-            incarnation.schemas = msgspec.convert(record["schemas"], dict[str, protocol.StateSchema])
-        incarnation.adopt(
-            [link, pidfd, log],
-            record["pid"],
-            self._on_message,
-            self._on_bad,
-            self._on_link_closed,
-            self._on_exit,
-            self._outbox,
-        )
-        return incarnation
-
-    def _reported(self, incarnation: Incarnation, holding: protocol.Holding) -> None:
-        deadline = self._reporting.pop(incarnation, None)
-        if deadline is None:
-            return
-        deadline.cancel()
-        if (holding.name, holding.generation) != (self.name, incarnation.generation):
-            said = f"{holding.name!r} generation {holding.generation}"
-            self.misbehaved(incarnation, f"it says that it is {said}")
-            return
-        ended = [engine for engine, stage in holding.engines.items() if stage == "ended"]
-        if ended:
-            # It was to be left for code with another schema, and the kernel that saw to that is gone.
-            self.misbehaved(incarnation, f"engine {ended[0]} has ended in it")
-            return
-        for engine, stage in holding.engines.items():
-            if engine in incarnation.engines and engine in self.states.seats:
-                if stage == "running" and engine not in incarnation.running:
-                    self._took(incarnation, engine)
-                elif stage == "loading" and engine in incarnation.unprepared:
-                    self._prepare(incarnation, engine)
-                elif stage != "running":
-                    incarnation.running.discard(engine)
-                    (incarnation.prepared.add if stage == "prepared" else incarnation.prepared.discard)(
-                        engine
-                    )
-        self._hooks.held(self, incarnation, holding.channels)
-        if incarnation is self.current and incarnation.serves:
-            self.perform(self.machine.handle_serving(self._now()))
-
-    def _label(self, incarnation: Incarnation) -> str:
+    def label(self, incarnation: Incarnation) -> str:
         return f"process.{self.name}.{incarnation.generation}"
 
     def _settled_in(self) -> tuple[str, str]:

@@ -36,7 +36,7 @@ NO_RESTART = '[restart]\npolicy = "never"\n'
 async def failed_start(rig: Rig, name: str) -> Any:
     with pytest.raises(NotRunningError):
         await rig.operate("module.start", name=name)
-    return rig.kernel.runner(name).view()
+    return rig.kernel.module_view(name)
 
 
 def test_a_module_runs_in_a_process_of_its_own_and_stops_when_asked(tmp_path: Path) -> None:
