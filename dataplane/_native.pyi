@@ -370,8 +370,8 @@ class Worker:
         channels: Sequence[tuple[int, Endpoint, int]] = (),
     ) -> Self:
         """Begins to wait for ownership at once, with `channels` attached (see `attach`). `source`: see `Ledger.take`.
-        `finish` is called once the ownership was got, on the engine's thread, before anything is taken over (the last rows
-        of a migration); what it raises refuses the state. semaphore -1: none (tests, benchmarks)."""
+        `finish` is called once the ownership was got, on the engine's thread, before anything is taken over (the last
+        rows of a migration); what it raises refuses the state. semaphore -1: none (tests, benchmarks)."""
     def attach(self, channel: int, endpoint: Endpoint, line: int) -> None:
         """Move a server endpoint (consumed) to the engine through its mailbox, waiting or running."""
     def detach(self, channel: int) -> None: ...

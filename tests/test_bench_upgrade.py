@@ -23,9 +23,9 @@ def test_each_upgrade_has_a_blackout_of_the_engine_and_a_pause_of_the_client() -
 
 
 def test_a_migration_says_what_it_converted_in_the_blackout() -> None:
-    found = upgrade._migrations(SMALL.entries, 2)
+    found = upgrade._migrations(SMALL.entries, busy=SMALL.entries // 2, times=2)
     assert len(found.converted) == len(found.blackouts) == len(found.gaps) == 2
-    assert all(0 <= rows <= SMALL.entries for rows in found.converted)
+    assert all(0 <= rows <= SMALL.entries // 2 for rows in found.converted)
     assert all(blackout > 0 for blackout in found.blackouts)
 
 

@@ -1,6 +1,7 @@
-"""A client that writes rows of `cell` at full rate until its input ends, then tells every pause and its rate.
+"""A client that writes the first rows of `cell` at full rate until its input ends (or none of them, and asks all the
+same), then tells every pause and its rate.
 
-    python -m snap.cli.bench.pinger RUNTIME_DIR ENTRIES
+    python -m snap.cli.bench.pinger RUNTIME_DIR ROWS
 
 Prints `ready` when it has begun. Its last line is JSON: `pauses`, pairs of CLOCK_MONOTONIC and length in ns, of those
 longer than `PAUSE`; `rates`, completions in each `BUCKET` from `begin` on.
@@ -27,7 +28,8 @@ _PR_SET_PDEATHSIG: Final = 1
 
 def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    directory, entries = Path(sys.argv[1]), int(sys.argv[2])
+    directory, rows = Path(sys.argv[1]), int(sys.argv[2])
+    order = int(rows > 0)
     with connect(runtime_dir=directory) as client, client.open("cell", timeout=30) as channel:
         print("ready", flush=True)
         pauses: list[tuple[int, int]] = []
@@ -35,7 +37,7 @@ def main() -> None:
         begin = last = time.monotonic_ns()
         number = 0
         while number % 1024 or not select.select([sys.stdin], [], [], 0)[0]:
-            channel.send(struct.pack("<BQQ", 1, number % entries, number))
+            channel.send(struct.pack("<BQQ", order, number % max(rows, 1), number))
             channel.recv(wait=SPIN)
             now = time.monotonic_ns()
             if now - last > PAUSE:

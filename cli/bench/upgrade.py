@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
 
-from snap.ipc import connect
+from snap.ipc import SnapError, connect
 from snap.ipc.control import ControlClient
 
 from ..demo.stage import Stage
@@ -29,7 +29,8 @@ from . import cell
 
 PATIENCE: Final = 120.0
 SETTLE: Final = 0.4
-DIRTY: Final = 1000
+FLIPS: Final = 30
+"""Upgrades at each size."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,13 @@ SMALL: Final = (SIZES[0], SIZES[1], Size("10 k entries", 10_000, 0))
 
 @dataclass
 class Flips:
-    """Upgrades at one size: blackouts as the engine measured them, the client's longest pause in each, both in
-    µs; the old generation's rate in the brownouts as a part of its rate before them."""
+    """Upgrades at one size: blackouts as the engine measured them, the client's longest pause in each and its longest
+    in as much time before, all in µs; the old generation's rate in the brownouts as a part of its rate before them."""
 
     size: Size
     blackouts: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
+    before: list[float] = field(default_factory=list)
     brownouts: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     usual: list[float] = field(default_factory=list)
@@ -69,9 +71,11 @@ class Flips:
 
 @dataclass
 class Migrations:
-    """Schema migrations of `entries` rows: rows converted in each blackout, and its length in µs."""
+    """Schema migrations of `entries` rows, of which the client writes the first `busy` again and again: rows converted
+    in each blackout, its length and the client's longest pause in µs."""
 
     entries: int
+    busy: int
     converted: list[int] = field(default_factory=list)
     blackouts: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
@@ -84,14 +88,29 @@ class Results:
     standby: list[float] = field(default_factory=list)
     crashes: list[float] = field(default_factory=list)
     interpreter: list[float] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """Parts that could not be measured, and why."""
 
 
 Say = Callable[[str], None]
 
 
-def measure(quick: bool, say: Say) -> Results:
-    """Takes a few minutes, or well under one if `quick`. Raises SnapError."""
-    sizes, times = (SMALL, 3) if quick else (SIZES, 100)
+MOVES: Final = (
+    (1_000_000, 0),
+    (1_000_000, 100),
+    (1_000_000, 10_000),
+    (1_000_000, 100_000),
+    (100_000, 10_000),
+)
+"""Rows of a table that is migrated, and those of them that the client writes."""
+
+SMALL_MOVES: Final = ((10_000, 0), (10_000, 1000))
+
+
+def measure(quick: bool, say: Say, times: int = FLIPS) -> Results:
+    """`times`: upgrades at each size. Takes ten minutes, or about one if `quick`. Raises SnapError."""
+    sizes, moves = (SMALL, SMALL_MOVES) if quick else (SIZES, MOVES)
+    times = min(times, 3) if quick else times
     results = Results()
     for size in sizes:
         say(f"upgrades with {size.label} of state")
@@ -99,9 +118,14 @@ def measure(quick: bool, say: Say) -> Results:
         say(f"stop, serialise, start, restore with {size.label}")
         results.flips[-1].usual = [_usual(size) for _ in range(3)]
     say("migrations")
-    results.migrations = [_migrations(sizes[2].entries, 2 if quick else 10)]
+    for entries, busy in moves:
+        try:
+            results.migrations.append(_migrations(entries, busy, 2 if quick else 4))
+        except SnapError as error:
+            # What was measured so far took minutes.
+            results.failures.append(f"migration of {entries:,} rows while {busy:,} were written: {error}")
     say("crashes")
-    results.standby = _crashes(standby=True, times=3 if quick else 20)
+    results.standby = _crashes(standby=True, times=3 if quick else 15)
     results.crashes = _crashes(standby=False, times=2 if quick else 5)
     results.interpreter = [_interpreter() for _ in range(5)]
     return results
@@ -111,11 +135,11 @@ def measure(quick: bool, say: Say) -> Results:
 
 
 class Pinger:
-    """The client process; `finish` gives its pauses and rates."""
+    """The client process, which writes the first `rows` again and again; `finish` gives its pauses and rates."""
 
-    def __init__(self, stage: Stage, runtime: Path, entries: int) -> None:
+    def __init__(self, stage: Stage, runtime: Path, rows: int) -> None:
         pipe = subprocess.PIPE
-        self._child = stage.start("snap.cli.bench.pinger", runtime, str(entries), stdin=pipe, out=pipe)
+        self._child = stage.start("snap.cli.bench.pinger", runtime, str(rows), stdin=pipe, out=pipe)
         assert self._child.stdout is not None
         self._child.stdout.readline()
 
@@ -176,17 +200,18 @@ def _flips(size: Size, times: int) -> Flips:
         pinger.finish()
         for begin, flip, end in spans:
             flips.gaps.append(pinger.longest(flip, end))
+            flips.before.append(pinger.longest(begin - (end - flip), begin))
             before = pinger.rate(begin - int(SETTLE * 0.75e9), begin)
             if before:
                 flips.rates.append(pinger.rate(begin, flip) / before)
     return flips
 
 
-def _migrations(entries: int, times: int) -> Migrations:
-    found, spans = Migrations(entries), []
+def _migrations(entries: int, busy: int, times: int) -> Migrations:
+    found, spans = Migrations(entries, busy), []
     with _running(Size("", entries, 0)) as (stage, runtime, operator):
         places = [cell.write(stage.folder / f"v{n}", str(n), entries, 0, schema=n) for n in (1, 2)]
-        pinger = Pinger(stage, runtime, entries)
+        pinger = Pinger(stage, runtime, busy)
         for turn in range(times):
             time.sleep(SETTLE)
             source = os.fspath(places[(turn + 1) % 2])

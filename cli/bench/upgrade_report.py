@@ -21,15 +21,17 @@ def percentile(values: Sequence[float], part: float) -> float:
 
 
 def targets(results: Results) -> list[Target]:
-    blackouts = [value for flips in results.flips for value in flips.blackouts]
     medians = [statistics.median(flips.blackouts) for flips in results.flips]
-    gaps = [value for flips in results.flips for value in flips.gaps]
+    worst = [percentile(flips.blackouts, 0.99) for flips in results.flips]
+    gaps = [percentile(flips.gaps, 0.99) for flips in results.flips]
     rates = [value for flips in results.flips for value in flips.rates]
     return [
-        Target("blackout, median of all sizes", statistics.median(blackouts), 200, "µs"),
-        Target("blackout, p99 of all sizes", percentile(blackouts, 0.99), 1000, "µs"),
+        Target("blackout, median, of the size with the longest", max(medians), 200, "µs"),
+        Target("blackout, p99, of the size with the longest", max(worst), 1000, "µs"),
         Target("largest median blackout of a size, of the smallest", max(medians) / min(medians), 2, "x"),
-        Target("client's longest wait in an upgrade, p99", percentile(gaps, 0.99), 2000, "µs"),
+        Target(
+            "client's longest wait in an upgrade, p99, of the size with the longest", max(gaps), 2000, "µs"
+        ),
         Target(
             "client's longest wait in a crash with standby, median",
             statistics.median(results.standby),
@@ -80,7 +82,18 @@ def draw(results: Results) -> None:
 
     sizes = table(
         "Upgrades under a client at full rate, µs",
-        *("state", "flips", "blackout", "p99", "client waits", "p99", "brownout s", "rate in it"),
+        *(
+            "state",
+            "flips",
+            "blackout",
+            "p99",
+            "client waits",
+            "p99",
+            "without",
+            "p99",
+            "brownout s",
+            "rate in it",
+        ),
         *("stop and restore", "ratio"),
     )
     for flips in results.flips:
@@ -90,6 +103,7 @@ def draw(results: Results) -> None:
             str(len(flips.blackouts)),
             *two(flips.blackouts),
             *two(flips.gaps),
+            *two(flips.before),
             f"{statistics.median(flips.brownouts):.2f}",
             f"{statistics.median(flips.rates):.2f}x" if flips.rates else "",
             f"{usual:,.0f}",
@@ -97,13 +111,22 @@ def draw(results: Results) -> None:
         )
     console.print(sizes)
     moves = table(
-        "Migrations to another schema", "rows", "converted in the blackout", "blackout µs", "client waits µs"
+        "Migrations to another schema, medians",
+        *(
+            "rows",
+            "written meanwhile",
+            "times",
+            "converted in the blackout",
+            "blackout µs",
+            "client waits µs",
+        ),
     )
     for migration in results.migrations:
-        for converted, blackout, gap in zip(
-            migration.converted, migration.blackouts, migration.gaps, strict=True
-        ):
-            moves.add_row(f"{migration.entries:,}", f"{converted:,}", f"{blackout:,.0f}", f"{gap:,.0f}")
+        middle = (
+            statistics.median(each) for each in (migration.converted, migration.blackouts, migration.gaps)
+        )
+        counts = (migration.entries, migration.busy, len(migration.gaps))
+        moves.add_row(*(f"{value:,.0f}" for value in (*counts, *middle)))
     console.print(moves)
     deaths = table("The client's wait when the module is killed, µs", "", "times", "median", "p99")
     for label, values in (
@@ -113,6 +136,8 @@ def draw(results: Results) -> None:
     ):
         deaths.add_row(label, str(len(values)), *two(values))
     console.print(deaths)
+    for failure in results.failures:
+        console.print(f"[bold red]not measured[/]: {failure}")
     goals = table("Against the targets", "what", "reached", "wanted", "")
     for target in targets(results):
         sign = "at least" if target.least else "at most"

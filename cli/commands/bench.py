@@ -58,18 +58,19 @@ def bench(context: click.Context, quick: bool, rounds: int | None, only: tuple[s
 @click.option(
     "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw a PNG there (needs matplotlib)."
 )
+@click.option("--flips", type=click.IntRange(1), default=30, show_default=True, help="Upgrades at each size.")
 @click.pass_obj
-def upgrade(settings: Settings, quick: bool, plot: Path | None) -> None:
+def upgrade(settings: Settings, quick: bool, plot: Path | None, flips: int) -> None:
     """How long nobody serves in an upgrade, and how long a client waits, beside stop, serialise, start, restore.
 
-    Starts a kernel of its own, with a client that writes rows at full rate: 100 upgrades each at 1 KiB, 1 MiB,
+    Starts a kernel of its own, with a client that writes rows at full rate: 30 upgrades each at 1 KiB, 1 MiB,
     1 GiB and a million rows of state, schema migrations, crashes with and without a standby. About ten minutes.
     """
     from ..bench import upgrade as measuring
     from ..bench import upgrade_report as report
     from ..output import print_json
 
-    results = measuring.measure(quick, _progress)
+    results = measuring.measure(quick, _progress, flips)
     if plot is not None:
         report.plot(results, plot)
     if settings.output == "json":
