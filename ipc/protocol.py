@@ -383,8 +383,8 @@ class EventView(msgspec.Struct, frozen=True, kw_only=True):
 
 class UpgradeEngineView(msgspec.Struct, frozen=True, kw_only=True):
     """`stage`: waiting, format, verify, map, convert, restore, prepared, flipped or returned. `blackout_ns`
-    from the last poll of one generation to the first of the other; -1 when it has not flipped. `converted`: in
-    the blackout."""
+    from the last poll of one generation, or its death, to the first of the other; -1 when it has not flipped.
+    `converted`: in the blackout."""
 
     name: str
     stage: str = "waiting"
@@ -398,9 +398,9 @@ class UpgradeEngineView(msgspec.Struct, frozen=True, kw_only=True):
 
 class UpgradeView(msgspec.Struct, frozen=True, kw_only=True):
     """`kind`: upgrade, rollback, recovery (a crash) or kernel. `phase`: queued, brownout, blackout, bake, done.
-    `outcome`: "" while it runs, committed, rolled_back, or aborted (before any engine moved). `client_gap_ns`:
-    the longest that a client waited for a completion meanwhile, as its own end of the channel measured; -1
-    when none waited. Times in Unix seconds."""
+    `outcome`: "" while it runs, committed, rolled_back, or aborted (before any engine moved); of a recovery
+    recovered or given_up (no process serves again). `client_gap_ns`: the longest that a client waited for a
+    completion meanwhile, as its own end of the channel measured; -1 when none waited. Times in Unix seconds."""
 
     id: int
     module: str

@@ -57,6 +57,10 @@ class Incarnation:
         """Orders of an earlier kernel, encoded, which may or may not have left."""
         self.unprepared: set[str] = set()
         self.faults = 0
+        self.first_polls: dict[str, int] = {}
+        self.last_beats: dict[str, int] = {}
+        """When engines polled first, and, of a process that has ended, showed last that they lived: CLOCK_MONOTONIC
+        in ns."""
         self.log = LogPipe(log)
         self.page = page or Segment.create(_native.StatsPage.BYTES)
         self.stats = _native.StatsPage(self.page.fd, False)
@@ -127,6 +131,11 @@ class Incarnation:
         return list(self.found.manifest.engines)
 
     @property
+    def _shown(self) -> list[str]:
+        """Engines that have a line on the statistics' page."""
+        return self.engines[: _native.StatsPage.LINES]
+
+    @property
     def ready(self) -> bool:
         """Every engine waits for its ownership, or runs."""
         return self.schemas is not None and self.prepared | self.running >= set(self.engines)
@@ -157,6 +166,9 @@ class Incarnation:
             link.close("its process ended")
         self.process = None
         self.log.drain()
+        self.last_beats = {
+            name: self.stats.read(index)["heartbeat_ns"] for index, name in enumerate(self._shown)
+        }
         self.stats.close()
         self.page.close()
 
@@ -173,7 +185,7 @@ class Incarnation:
     def engine_views(self) -> list[EngineView]:
         now = time.monotonic_ns()
         views = []
-        for index, name in enumerate(self.engines[: _native.StatsPage.LINES]):
+        for index, name in enumerate(self._shown):
             record = self.stats.read(index)
             beat = record["heartbeat_ns"]
             views.append(

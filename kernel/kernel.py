@@ -288,6 +288,7 @@ class Kernel:
         hooks = Hooks(
             spawned=self._on_spawned,
             died=self._on_died,
+            fell=lambda *what: self.upgrades.recoveries.fell(*what),
             attach=self.broker.attach,
             request=self._on_request,
             news=self.broker.news,
@@ -369,6 +370,7 @@ class Kernel:
             self.desk.dismiss(principal, reason)
 
     def _on_changed(self, runner: Runner) -> None:
+        self.upgrades.recoveries.changed(runner)
         for other in self.runners.values():
             required = other.found.manifest.requires.services
             if required:

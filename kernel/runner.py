@@ -40,13 +40,15 @@ STANDBY_PAUSE: Final = 1.0
 @dataclass(frozen=True)
 class Hooks:
     """What a runner tells the kernel. `spawned` and `died` frame the life of a process; `attach` asks for the
-    module's channels for a process that has loaded; `request` gets what a module asks as a principal, `news`
+    module's channels for a process that has loaded; `fell` follows `died` for one that served, and was not to end;
+    `request` gets what a module asks as a principal, `news`
     what it reports of its channels; `lost` engines that go on without their state; `ended` when nobody will
     serve the channels any more; `changed` every change of state; `bad` what could not be decoded; `held` the channels
     (generations by id) that a process has which an earlier kernel started."""
 
     spawned: Callable[[Runner, Incarnation], None]
     died: Callable[[Runner, Incarnation, str], None]
+    fell: Callable[[Runner, Incarnation, str], None]
     attach: Callable[[Runner, Incarnation], None]
     request: Callable[[Runner, Incarnation, Any], None]
     news: Callable[[Runner, Incarnation, Any], None]
@@ -347,6 +349,7 @@ class Runner:
                 if incarnation is self.standby and incarnation.ready:
                     self.emit("standby.ready", {"pid": incarnation.pid})
             case protocol.Took(engine=engine):
+                incarnation.first_polls[engine] = message.first_poll_ns
                 self.took(incarnation, engine)
                 if self.follower is None:  # else it is of the upgrade
                     what = {"engine": engine, "generation": incarnation.generation, "undone": message.undone}
@@ -463,18 +466,20 @@ class Runner:
             if incarnation is self.current:
                 self.current = None
         elif incarnation is self.current:
-            self._current_exited(how, clean)
+            self._current_exited(how, reason, clean)
         elif incarnation is self.standby:
             self.standby = None
             self.emit("standby.exited", {"how": reason})
             self._set_timer("standby", STANDBY_PAUSE)
         self.operations.settle()
 
-    def _current_exited(self, how: str, clean: bool) -> None:
+    def _current_exited(self, how: str, reason: str, clean: bool) -> None:
         assert self.current is not None
         culprit = _CULPRIT.search(self.current.error)
         if culprit is not None and culprit[1] in self.states.seats:
             self.states.blame(culprit[1])
+        if self.ready and not (clean and self.machine.policy != "always"):
+            self._hooks.fell(self, self.current, reason)
         standby = self.standby
         over = self.machine.state == supervision.STOPPING or self.machine.loops(self._now())
         if standby is None or not standby.ready or over or self.states.poisoned():

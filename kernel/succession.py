@@ -68,7 +68,7 @@ class Succession:
         NotFoundError, UsageError."""
         upgrades = self._kernel.upgrades
         for view in upgrades.views():
-            if not view.outcome:
+            if not view.outcome and view.kind != "recovery":
                 raise BusyError(
                     f"upgrade {view.id} of {view.module or 'the kernel'} is under way",
                     f"follow it with `snapctl upgrade show {view.id}`",

@@ -24,6 +24,7 @@ from snap.ipc.manifest import Manifest
 from snap.ipc.protocol import UpgradeView
 
 from . import operations, packages
+from .recoveries import Recoveries
 from .runner import Runner
 from .upgrading import Upgrading, Waits
 
@@ -43,6 +44,7 @@ class Upgrades:
         self._queued: dict[str, Upgrading] = {}
         self._history: deque[UpgradeView] = deque(maxlen=HISTORY)
         self._versions: dict[str, deque[Found]] = {}
+        self.recoveries = Recoveries(self.number, self.note, self._waits)
 
     # -- beginning --------------------------------------------------------------------------------------------
 
@@ -218,12 +220,7 @@ class Upgrades:
         origin: Found | None = None,
     ) -> int:
         self._last += 1
-        broker = self._kernel.broker
-        waits = Waits(
-            lambda: broker.clear_waits(runner),
-            lambda: broker.longest_wait(runner),
-            lambda: broker.unanswered(runner),
-        )
+        waits = self._waits(runner)
         upgrading = Upgrading(self._last, runner, found, kind, bake, rollback, waits, self._ended)
         if origin is not None:
             upgrading.origin = origin
@@ -231,6 +228,14 @@ class Upgrades:
         runner.emit("upgrade.phase", {"id": self._last, "phase": "queued", "reason": ""})
         self._next()
         return self._last
+
+    def _waits(self, runner: Runner) -> Waits:
+        broker = self._kernel.broker
+        return Waits(
+            lambda: broker.clear_waits(runner),
+            lambda: broker.longest_wait(runner),
+            lambda: broker.unanswered(runner),
+        )
 
     def _next(self) -> None:
         """Begin what waits for nobody: modules that others require go first."""
@@ -270,13 +275,14 @@ class Upgrades:
             self._versions[name] = deque((packages.restored(each) for each in versions), maxlen=VERSIONS)
         for each in record["history"]:
             view = msgspec.convert(each, UpgradeView)
-            if not view.outcome:
+            if not view.outcome and view.kind != "recovery":
                 view = self._interrupted(view)
                 runner = self._kernel.runners.get(view.module)
                 known = record["under_way"].get(view.module)
                 if view.outcome == "committed" and runner is not None and known is not None:
                     self._remember(runner, *(packages.restored(found) for found in known))
             self._history.append(view)
+        self.recoveries.restore(record.get("recoveries", {}), {view.id: view for view in self._history})
 
     def _interrupted(self, view: UpgradeView) -> UpgradeView:
         runner = self._kernel.runners.get(view.module)
@@ -294,6 +300,7 @@ class Upgrades:
     def record(self) -> dict[str, Any]:
         return {
             "last": self._last,
+            "recoveries": self.recoveries.record(),
             "under_way": {
                 name: [packages.record(upgrading.origin), packages.record(upgrading.before)]
                 for name, upgrading in self._running.items()

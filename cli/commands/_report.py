@@ -25,7 +25,7 @@ def succeeded(view: UpgradeView, wanted: str = "") -> bool:
     """A rollback (`wanted`) of an upgrade that is baking ends that one, and was to."""
     if wanted == "rollback" and view.kind == "upgrade":
         return view.outcome == "rolled_back"
-    return view.outcome == "committed"
+    return view.outcome in ("committed", "recovered")
 
 
 def blackout_ns(view: UpgradeView) -> int:
@@ -42,6 +42,7 @@ def failure(view: UpgradeView) -> str:
     how = {
         "rolled_back": "was rolled back",
         "aborted": "was given up before any engine moved",
+        "given_up": "ended with nobody who serves",
     }.get(view.outcome, f"ended as {view.outcome!r}")
     return f"{title(view)} to {view.to_version} {how}: {view.reason or 'the kernel gives no reason'}"
 
@@ -67,8 +68,9 @@ def _page(view: UpgradeView) -> None:
     if not view.outcome:
         field("phase", view.phase)
     field("took", took(view))
-    field("brownout", f"{view.brownout_seconds:.3f} s")
-    field("bake", f"{view.bake_seconds:g} s")
+    if view.kind != "recovery":
+        field("brownout", f"{view.brownout_seconds:.3f} s")
+        field("bake", f"{view.bake_seconds:g} s")
     field(
         "clients", "none waited" if view.client_gap_ns < 0 else f"waited at most {span(view.client_gap_ns)}"
     )

@@ -210,7 +210,7 @@ def upgrade() -> None:
 @click.argument("module", required=False, shell_complete=complete_module)
 @click.pass_obj
 def history(settings: Settings, module: str | None) -> None:
-    """List upgrades and rollbacks, of MODULE or of all: the latest last."""
+    """List upgrades, rollbacks and recoveries from crashes, of MODULE or of all: the latest last."""
     from snap.ipc.protocol import UpgradeView
 
     from ..output import rfc3339, show_list, span
