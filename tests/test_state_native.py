@@ -388,6 +388,23 @@ def test_damage_is_found_and_named(fd: int, state: State) -> None:
         State(fd)
 
 
+@pytest.mark.parametrize("at", [0, 20], ids=["key", "row"])
+def test_a_row_that_something_else_wrote_over_is_neither_read_nor_replaced(
+    fd: int, state: State, at: int
+) -> None:
+    table = state.table("flows")
+    for number in range(5):
+        table.put(key(number), bytes(32))
+    state.commit()
+    place = os.pread(fd, os.fstat(fd).st_size, 0).index(key(3)) + at
+    os.pwrite(fd, b"\xaa", place)
+    for work in (table.get, table.delete, lambda name: table.put(name, bytes(32))):
+        with pytest.raises(StateDamagedError, match="slot 3"):
+            work(key(3))
+    assert table.get(key(2)) == bytes(32)
+    assert len(table) == 5
+
+
 def test_a_damaged_undo_log_is_not_used(fd: int, state: State) -> None:
     state.table("flows").put(key(1), bytes(32))
     stamp, length = (int.from_bytes(os.pread(fd, 8, at), "little") for at in (520, 528))

@@ -159,9 +159,6 @@ def test_a_source_that_is_not_there_is_refused_before_anything_starts(
     assert caller.ask() == {10}
 
 
-@pytest.mark.xfail(
-    reason="who takes over from a process that died does not look at the tables again", strict=True
-)
 def test_a_version_that_corrupts_a_table_is_stopped_and_its_clients_are_told(
     world: World, caller: Caller
 ) -> None:

@@ -39,6 +39,7 @@ fn worker(engine: Box<dyn Engine>) -> Worker {
         ownership: None,
         generation: 1,
         finish: None,
+        channels: Vec::new(),
     };
     Worker::start(engine, settings).expect("a thread")
 }

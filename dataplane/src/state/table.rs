@@ -67,7 +67,8 @@ impl Table {
         (frame.load(self.object.meta + META_USED) as usize).min(self.object.units)
     }
 
-    /// Copy the row of `key`; false when there is none. Raises `Usage` on wrong sizes, `Damaged`.
+    /// Copy the row of `key`; false when there is none. Raises `Usage` on wrong sizes, `Damaged` when the index or the
+    /// row is not what was written. For whoever runs the engine: another's half-written row looks damaged.
     #[inline]
     pub fn get(&self, frame: &Frame, key: &[u8], row: &mut [u8]) -> Result<bool> {
         self.check_sizes(key.len(), row.len())?;
@@ -300,6 +301,8 @@ impl Table {
                 if slot >= self.object.units {
                     return damaged(format!("the index of table {:?} points outside of it", self.object.spec.name));
                 }
+                // Its key may be what was destroyed: then it would not be found, and a new row would take its place.
+                self.check_slot(frame, slot)?;
                 if self.holds(frame, slot, key) {
                     return Ok(Probe::Found { position, slot });
                 }
@@ -307,6 +310,26 @@ impl Table {
             position = self.after(position);
         }
         damaged(format!("the index of table {:?} has no end", self.object.spec.name))
+    }
+
+    /// Raises `Damaged` unless the slot holds what was written to it.
+    #[inline]
+    fn check_slot(&self, frame: &Frame, slot: usize) -> Result<()> {
+        let (mut place, end) = (self.place(slot), self.place(slot) + self.object.stride);
+        let sum = frame.load(place) as u32;
+        let mut bytes = [0; 64];
+        place += 4;
+        let mut crc = 0;
+        while place < end {
+            let chunk = &mut bytes[..64.min(end - place)];
+            frame.mapping().read(place, chunk);
+            crc = crc32c::crc32c_append(crc, chunk);
+            place += chunk.len();
+        }
+        if crc != sum {
+            return damaged(format!("slot {slot} of table {:?} is not what was written there", self.object.spec.name));
+        }
+        Ok(())
     }
 
     #[inline]
