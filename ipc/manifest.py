@@ -48,14 +48,12 @@ class Required(Table, frozen=True):
 
 class EngineTable(Table, frozen=True):
     """`class_` is `native:NAME` for a Rust engine, else FILE:CLASS in the package; `budget` is messages per poll.
-    `state` is the most that its tables may take (memory is taken when it is written to); `checkpoint`: seconds
-    between two copies of the state, to fall back to when it turns out to be poison."""
+    `state` is the most that its tables may take (memory is taken when it is written to)."""
 
     class_: str = msgspec.field(name="class")
     wait: Literal["spin", "adaptive", "blocking"] = "adaptive"
     budget: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 64
     state: Size = "16MiB"
-    checkpoint: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
     @property
     def state_bytes(self) -> int:
