@@ -1,4 +1,4 @@
-"""A kernel inside the test's own event loop, its modules and sockets real; with limits short enough to wait for."""
+"""A kernel inside the test's own event loop, its modules and sockets real."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,21 @@ from snap.kernel.operators import Operators
 from snap.kernel.policy import Identity
 from snap.kernel.supervision import Limits
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 LIMITS = Limits(
-    start_timeout=3, grace=1, backoff_first=0.05, backoff_most=0.2, crashes=4, window=60, heartbeat=1.5
+    start_timeout=PATIENCE,
+    grace=1,
+    backoff_first=0.05,
+    backoff_most=0.2,
+    crashes=4,
+    window=PATIENCE,
+    heartbeat=PATIENCE,
 )
+"""A busy machine makes nobody hang."""
+
+HASTY = replace(LIMITS, start_timeout=3, heartbeat=1.5)
+"""For tests that wait until a hang is found."""
+
 
 MANIFEST = """\
 [module]

@@ -8,7 +8,6 @@ import signal
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,7 @@ from snap.dataplane.errors import (
 )
 from snap.ipc import aconnect
 from snap.ipc.channel import Channel
-from snap.kernel.supervision import Limits
-from tests.kernel_rig import ECHO, LIMITS, Rig, run, running, write_module
+from tests.kernel_rig import ECHO, PATIENCE, Rig, run, running, write_module
 
 MANIFEST = """\
 [module]
@@ -106,7 +104,7 @@ class Load:
     async def _run(self) -> None:
         while not self._stopped:
             await self._channel.asend(b"more")
-            number, version = (await self._channel.arecv(timeout=20)).decode().split()
+            number, version = (await self._channel.arecv(timeout=PATIENCE)).decode().split()
             self.count += 1
             assert int(number) == self.count
             if self.versions[-1:] != [version]:
@@ -115,7 +113,7 @@ class Load:
     async def some(self, more: int = 20) -> None:
         """Wait for some more answers."""
         goal = self.count + more
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while self.count < goal and not self._task.done():
                 await asyncio.sleep(0.005)
         if self._task.done():
@@ -127,10 +125,8 @@ class Load:
 
 
 @asynccontextmanager
-async def loaded(
-    base: Path, name: str = "sums", limits: Limits = LIMITS, **rules: Any
-) -> AsyncIterator[tuple[Rig, Load]]:
-    async with running(base, rules, limits, start=[name]) as rig, await aconnect(rig.directory) as client:
+async def loaded(base: Path, name: str = "sums", **rules: Any) -> AsyncIterator[tuple[Rig, Load]]:
+    async with running(base, rules, start=[name]) as rig, await aconnect(rig.directory) as client:
         channel = await client.aopen(name)
         load = Load(channel)
         await load.some()
@@ -403,11 +399,9 @@ def test_whatever_the_old_process_does_in_an_upgrade_somebody_serves(
 ) -> None:
     write_sum(tmp_path / "modules", "one")
     new = write_sum(tmp_path / "new", "two")
-    # It is the upgrade that finds out: supervision may otherwise be first, if the new version takes long to start.
-    patient = replace(LIMITS, heartbeat=60)
 
     async def test() -> None:
-        async with loaded(tmp_path, limits=patient) as (rig, load):
+        async with loaded(tmp_path) as (rig, load):
             old = rig.kernel.runner("sums").machine.pid or 0
             begun = await upgrade(rig, new, wait=False)
             os.kill(old, number)
