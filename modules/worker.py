@@ -72,8 +72,8 @@ class PythonWorker:
         migration: Migration | None = None,
         channels: Sequence[tuple[int, ServerChannel, int]] = (),
     ) -> None:
-        """Begins to wait for the ownership at once, with `channels` attached (see `attach`). semaphore -1: there is none
-        (tests, benchmarks)."""
+        """Begins to wait for the ownership at once, with `channels` attached (see `attach`). semaphore -1: there is
+        none (tests, benchmarks)."""
         self.crash = ""
         self._engine, self._generation, self._migration = engine, generation, migration
         self._ownership = None if semaphore < 0 else _native.Ownership(semaphore)
