@@ -67,9 +67,8 @@ class Heritage:
         return found
 
     def settle(self, incarnation: Incarnation, fds_of: Callable[[Any], list[int]]) -> None:
-        """Of a restored process: one that nobody knows any more (an upgrade was under way) goes. Others get
-        what may not have been sent, but for what comes of their report; `fds_of` gives the descriptors of a
-        message."""
+        """Of a restored process: one that nobody knows any more goes. Others get what may not have been sent, but for
+        what comes of their report; `fds_of` gives the descriptors of a message."""
         if incarnation not in self._runner.incarnations:
             incarnation.kill()
             return
@@ -79,7 +78,13 @@ class Heritage:
                 case protocol.Configure():
                     incarnation.kill()  # it knows nothing yet: another one is as good
                     return
-                case protocol.Attach() | protocol.Detach() | protocol.Report() | protocol.Check():
+                case (
+                    protocol.Attach()
+                    | protocol.Detach()
+                    | protocol.Report()
+                    | protocol.Check()
+                    | protocol.Yield()
+                ):
                     pass
                 case protocol.Prepare(engine=engine):
                     incarnation.unprepared.add(engine)
@@ -99,14 +104,15 @@ class Heritage:
             runner.misbehaved(incarnation, f"it says that it is {said}")
             return
         ended = [engine for engine, stage in holding.engines.items() if stage == "ended"]
-        if ended:
-            # It was to be left for code with another schema, and the kernel that saw to that is gone.
+        if ended and (runner.follower is None or not runner.follower.retires(incarnation)):
             runner.misbehaved(incarnation, f"engine {ended[0]} has ended in it")
             return
         for engine, stage in holding.engines.items():
             if engine in incarnation.engines and engine in runner.states.seats:
                 self._correct(incarnation, engine, stage)
         self._held(runner, incarnation, holding.channels)
+        if runner.follower is not None:
+            runner.follower.on_report(incarnation)
         if incarnation is runner.current and incarnation.serves:
             runner.serving()
 

@@ -238,7 +238,7 @@ class Kernel:
         data, take = adoption.data, adoption.take
         principals = {each["id"]: each for each in data["principals"]}
         members = {(name, generation): owner for generation, name, owner in data["members"]}
-        processes = []
+        processes: list[tuple[Runner, Incarnation]] = []
         for name, record in data["modules"].items():
             for incarnation in self.runners[name].heritage.restore(record, take):
                 processes.append((self.runners[name], incarnation))
@@ -263,7 +263,10 @@ class Kernel:
             principals=len(self.desk.principals),
             left=left,
         )
-        self.upgrades.restore(data["upgrades"])
+        by_name: dict[str, dict[int, Incarnation]] = {name: {} for name in data["modules"]}
+        for runner, incarnation in processes:
+            by_name[runner.name][incarnation.generation] = incarnation
+        self.upgrades.restore(data["upgrades"], by_name)
         for runner, incarnation in processes:
             runner.heritage.settle(incarnation, self.broker.fds_of)
         self._bootstrap.announce(self.broker.fds_of)

@@ -71,6 +71,12 @@ class Follower(Protocol):
     def on_exit(self, incarnation: Incarnation, reason: str) -> bool:
         """True: it sees to everything, were it the current one."""
 
+    def on_report(self, incarnation: Incarnation) -> None:
+        """After the kernel's death: `running` and `prepared` are what it says."""
+
+    def retires(self, incarnation: Incarnation) -> bool:
+        """Whether engines may have ended in it without anything being wrong."""
+
 
 class Runner:
     """All that belongs to one module: machine, operations, processes, gate, states, log."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 OLD: Final = "old"
 NEW: Final = "new"
@@ -32,6 +32,7 @@ FLIP_TIMER: Final = "flip"
 BAKE_TIMER: Final = "bake"
 CHECK_TIMER: Final = "check"
 
+KERNEL_DIED: Final = "the kernel ended while it was under way"
 PATIENT_WITH: Final = 3
 """Times that NEW may leave an engine that was let go for it to OLD."""
 
@@ -137,6 +138,54 @@ class Upgrade:
     @property
     def done(self) -> bool:
         return self.phase == DONE
+
+    # -- outliving the kernel ---------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "phase": self.phase,
+            "reason": self.reason,
+            "migrates": self.migrates,
+            "holder": self.holder,
+            "bake": self._bake,
+            "rollback": self._rollback,
+            "moved": self._moved,
+            "alive": sorted(self.alive),
+        }
+
+    @classmethod
+    def restored(cls, record: dict[str, Any]) -> Upgrade:
+        """As an earlier kernel recorded it; nothing but `handle_resumed` comes next."""
+        machine = cls(list(record["holder"]), record["bake"], record["rollback"])
+        machine.phase, machine.reason = record["phase"], record["reason"]
+        machine.migrates, machine._moved = record["migrates"], record["moved"]
+        machine.holder = dict(record["holder"])
+        machine.alive = set(record["alive"])
+        return machine
+
+    def handle_resumed(self, holder: dict[str, str], alive: set[str], prepared: set[str]) -> list[Action]:
+        """Go on after the kernel's death: who says that it runs engines, lives, and waits for all of its engines. In a
+        brownout nothing has moved, and is given up; what has moved moves on, and bakes anew."""
+        self.holder.update(holder)
+        self._moved = self._moved or NEW in self.holder.values()
+        dead = self.alive - alive
+        self.alive, self._prepared = self.alive & alive, set(prepared)
+        if self.phase in (RETURN_BROWNOUT, RETURN):
+            return self._resume_return()
+        if self.phase == BROWNOUT and OLD in self.alive and not self._moved:
+            return self._fail(KERNEL_DIED)
+        if self.phase == BROWNOUT and OLD not in self.alive:
+            return self._old_ended(KERNEL_DIED)
+        if NEW in dead:
+            return self._fail("the new version died while no kernel ran")
+        self.phase = BLACKOUT
+        return self._next_engine()
+
+    def retires(self, who: str) -> bool:
+        """Whether engines may have ended in `who` for one with another schema."""
+        if self.phase in (RETURN_BROWNOUT, RETURN):
+            return who == OLD or (who == NEW and BACK in self.alive)
+        return who == OLD and self.migrates
 
     # -- requests ---------------------------------------------------------------------------------------------
 
@@ -324,6 +373,16 @@ class Upgrade:
         if NEW not in self.alive or self.holder[left[0]] != NEW:
             return [timer]
         return [timer, Yield(NEW, left[0], home == BACK)]
+
+    def _resume_return(self) -> list[Action]:
+        home = BACK if BACK in self.alive else OLD
+        if home not in self.alive:
+            return self._fall(f"{self.reason}; then the old version did not come back")
+        if self.phase == RETURN or (home == BACK and BACK in self._prepared):
+            return self._return()
+        if NEW not in self.alive:
+            return self._new_ended_returning()
+        return [SetTimer(PROGRESS_TIMER, self._patience.progress)]
 
     def _new_ended_returning(self) -> list[Action]:
         if self.phase == RETURN_BROWNOUT:

@@ -24,8 +24,10 @@ from snap.ipc.manifest import Manifest
 from snap.ipc.protocol import UpgradeView
 
 from . import operations, packages
+from .incarnation import Incarnation
 from .recoveries import Recoveries
 from .runner import Runner
+from .upgrade import KERNEL_DIED
 from .upgrading import Upgrading, Waits
 
 if TYPE_CHECKING:
@@ -268,28 +270,30 @@ class Upgrades:
 
     # -- outliving the kernel ---------------------------------------------------------------------------------
 
-    def restore(self, record: dict[str, Any]) -> None:
-        """An upgrade that was under way ends with its kernel: by where its engines run it is committed or aborted."""
+    def restore(self, record: dict[str, Any], processes: dict[str, dict[int, Incarnation]]) -> None:
+        """What was under way goes on; what was queued is given up. `processes`: by module and generation."""
         self._last = record["last"]
         for name, versions in record["versions"].items():
             self._versions[name] = deque((packages.restored(each) for each in versions), maxlen=VERSIONS)
         for each in record["history"]:
             view = msgspec.convert(each, UpgradeView)
-            if not view.outcome and view.kind != "recovery":
-                view = self._interrupted(view)
-                runner = self._kernel.runners.get(view.module)
-                known = record["under_way"].get(view.module)
-                if view.outcome == "committed" and runner is not None and known is not None:
-                    self._remember(runner, *(packages.restored(found) for found in known))
-            self._history.append(view)
+            known = record["under_way"].get(view.module)
+            if view.outcome or view.kind == "recovery":
+                self._history.append(view)
+            elif known is not None and view.phase != "queued":
+                runner = self._kernel.runners[view.module]
+                self._running[view.module] = Upgrading.restored(
+                    known, view, runner, processes[view.module], self._waits(runner), self._ended
+                )
+            else:
+                self._history.append(self._interrupted(view))
         self.recoveries.restore(record.get("recoveries", {}), {view.id: view for view in self._history})
 
     def _interrupted(self, view: UpgradeView) -> UpgradeView:
+        """Of one that had not begun; or of the kernel's own, which its heir corrects if it took over."""
         runner = self._kernel.runners.get(view.module)
-        forward = runner is not None and runner.machine.generation == view.to_generation
-        moved = view.phase not in ("queued", "brownout")
-        outcome = "committed" if forward else "rolled_back" if moved else "aborted"
-        reason = "the kernel ended while it was under way"
+        outcome = "aborted" if view.phase in ("queued", "brownout") else "rolled_back"
+        reason = KERNEL_DIED
         view = msgspec.structs.replace(
             view, phase="done", outcome=outcome, reason=reason, finished=time.time()
         )
@@ -301,10 +305,7 @@ class Upgrades:
         return {
             "last": self._last,
             "recoveries": self.recoveries.record(),
-            "under_way": {
-                name: [packages.record(upgrading.origin), packages.record(upgrading.before)]
-                for name, upgrading in self._running.items()
-            },
+            "under_way": {name: upgrading.record() for name, upgrading in self._running.items()},
             "history": [msgspec.to_builtins(view) for view in self.views()],
             "versions": {
                 name: [packages.record(found) for found in versions]

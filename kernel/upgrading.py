@@ -15,7 +15,7 @@ from snap.ipc import faults, protocol
 from snap.ipc.discovery import Found
 from snap.ipc.protocol import UpgradeEngineView, UpgradeView
 
-from . import upgrade
+from . import packages, upgrade
 from .incarnation import Incarnation
 from .runner import Runner
 from .upgrade import NEW, OLD, Action, Patience, Upgrade
@@ -68,6 +68,8 @@ class Upgrading:
         self._leaves_messages = False
         self._phase_since = time.monotonic()
         self._told = 0.0
+        self._awaited: set[str] = set()
+        """Who has still to say what it holds, after the kernel's death."""
         self.view = UpgradeView(
             id=number,
             module=runner.name,
@@ -112,11 +114,69 @@ class Upgrading:
                 incarnation.kill()
         self._finish("aborted", reason)
 
+    # -- outliving the kernel ---------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "found": packages.record(self.found),
+            "before": packages.record(self.before),
+            "origin": packages.record(self.origin),
+            "machine": self._machine.record(),
+            "leaves_messages": self._leaves_messages,
+            "who": {who: incarnation.generation for who, incarnation in self._who.items()},
+        }
+
+    @classmethod
+    def restored(
+        cls,
+        record: dict[str, Any],
+        view: UpgradeView,
+        runner: Runner,
+        processes: dict[int, Incarnation],
+        waits: Waits,
+        done: Callable[[Upgrading], None],
+    ) -> Upgrading:
+        """Go on with what an earlier kernel had under way; `processes` are the module's, by generation."""
+        found = packages.restored(record["found"])
+        made = cls(view.id, runner, found, view.kind, 0.0, True, waits, done)
+        made.view, made._machine = view, Upgrade.restored(record["machine"])
+        made.before, made.origin = packages.restored(record["before"]), packages.restored(record["origin"])
+        made._engines = {engine.name: engine for engine in view.engines}
+        made._leaves_messages = record["leaves_messages"]
+        made._who = {who: processes[number] for who, number in record["who"].items() if number in processes}
+        made._awaited = set(made._who)
+        runner.follower = made
+        if not made._awaited:
+            asyncio.get_running_loop().call_soon(made._resume)
+        return made
+
+    def on_report(self, incarnation: Incarnation) -> None:
+        """What `incarnation` runs and waits for is known again."""
+        who = self._name(incarnation)
+        if who in self._awaited:
+            self._awaited.discard(who)
+            # Who gets ready may answer late; it is given up anyway.
+            if not self._awaited or (who == OLD and self._machine.phase == upgrade.BROWNOUT):
+                self._resume()
+
+    def retires(self, incarnation: Incarnation) -> bool:
+        """Whether engines may have ended in it, for their state is in the hands of code with another schema."""
+        who = self._name(incarnation)
+        return who is not None and self._machine.retires(who)
+
+    def _resume(self) -> None:
+        if self.finished.done():
+            return
+        self._awaited = set()
+        holder = {engine: who for who, each in self._who.items() for engine in each.running}
+        prepared = {who for who, each in self._who.items() if each.ready}
+        self._perform(self._machine.handle_resumed(holder, set(self._who), prepared))
+
     # -- facts ------------------------------------------------------------------------------------------------
 
     def on_message(self, incarnation: Incarnation, message: Any) -> None:
         who = self._name(incarnation)
-        if who is None:
+        if who is None or self._awaited:
             return
         match message:
             case protocol.Loaded():
@@ -146,7 +206,12 @@ class Upgrading:
         if mine:
             # From here on the machine says who is current, or that nobody is.
             self.runner.current = None
-        self._perform(self._machine.handle_ended(who, reason))
+        if self._awaited:
+            self._awaited.discard(who)
+            if not self._awaited:
+                self._resume()
+        else:
+            self._perform(self._machine.handle_ended(who, reason))
         return mine
 
     def _took(self, who: str, message: protocol.Took) -> None:
@@ -175,8 +240,7 @@ class Upgrading:
                 case upgrade.AskHealth(who):
                     self._check(who)
                 case upgrade.Serve(who):
-                    incarnation = self._who[who]
-                    self.runner.adopt(incarnation, incarnation.found)
+                    self._serve(self._who[who])
                 case upgrade.Fall(reason):
                     self._fall(reason)
                 case upgrade.SetTimer(name, delay):
@@ -203,6 +267,10 @@ class Upgrading:
 
     def _not_spawned(self, who: str, error: str) -> None:
         self._perform(self._machine.handle_ended(who, error))
+
+    def _serve(self, incarnation: Incarnation) -> None:
+        if incarnation is not self.runner.current:  # it is already when it bakes again
+            self.runner.adopt(incarnation, incarnation.found)
 
     def _stop(self, who: str) -> None:
         incarnation = self._who.get(who)

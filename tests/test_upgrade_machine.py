@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,6 +124,17 @@ class World:
     def fire(self, name: str) -> None:
         if self.timers.pop(name, None) is not None:
             self.do(self.machine.handle_timer(name))
+
+    def lose_kernel(self, dead: str = "") -> None:
+        """The next one goes on with what was recorded, and with what the processes say; `dead` died meanwhile."""
+        record = msgspec.msgpack.decode(msgspec.msgpack.encode(self.machine.record()))
+        if dead in self.alive:
+            self._die(dead)
+        self.machine = Upgrade.restored(record)
+        self.timers.clear()
+        self.asked = False
+        holder = {engine: who for engine, who in self.holder.items() if who is not None}
+        self.do(self.machine.handle_resumed(holder, set(self.alive), self.alive & self.prepared))
 
     def settle(self) -> None:
         """Everybody does well from here on."""
@@ -302,7 +314,7 @@ def test_whatever_happens_it_ends_with_somebody_serving_or_with_supervision(
             break
         who = rng.choice([OLD, NEW, BACK])
         step = rng.choice(
-            ["ready", "take", "take", "die", "hang", "resume", "answer", "ill", "fire", "refuse"]
+            ["ready", "take", "take", "die", "hang", "resume", "answer", "ill", "fire", "refuse", "kernel"]
         )
         if step == "ready":
             world.get_ready(who)
@@ -320,9 +332,53 @@ def test_whatever_happens_it_ends_with_somebody_serving_or_with_supervision(
             world.answer("ill")
         elif step == "fire" and world.timers:
             world.fire(rng.choice(sorted(world.timers)))
+        elif step == "kernel":
+            world.lose_kernel(who if rng.random() < 0.2 else "")
         elif step == "refuse" and who != OLD and who in world.alive and who not in world.prepared:
             world.do(world.machine.handle_refused(who, "schema"))
     world.hung.clear()
     if not world.outcome:
         world.settle()
     world.check()
+
+
+def test_a_kernel_that_dies_in_the_brownout_ends_the_upgrade_with_it() -> None:
+    world = World()
+    world.get_ready(NEW)
+    world.lose_kernel()
+    assert (world.outcome, world.alive, world.serving) == (ABORTED, {OLD}, OLD)
+    assert "the kernel" in world.reason
+
+
+@pytest.mark.parametrize("migrates", [False, True])
+def test_a_kernel_that_dies_in_the_blackout_has_it_carried_through_and_baked(migrates: bool) -> None:
+    world = World(migrates=migrates)
+    world.get_ready(NEW)
+    world.answer()
+    assert world.machine.phase == upgrade.BLACKOUT
+    world.lose_kernel()
+    assert (world.machine.phase, world.outcome) == (upgrade.BLACKOUT, "")
+    world.to_bake()
+    world.settle()
+    assert (world.outcome, world.alive) == (COMMITTED, {NEW})
+
+
+def test_a_kernel_that_dies_in_the_bake_has_it_baked_again() -> None:
+    world = World()
+    world.to_bake()
+    world.timers[BAKE_TIMER] = 0.1
+    world.lose_kernel()
+    assert (world.machine.phase, world.timers[BAKE_TIMER]) == (BAKE, 5.0)
+    world.answer("ill")
+    world.settle()
+    assert (world.outcome, world.serving) == (ROLLED_BACK, OLD)
+
+
+def test_a_kernel_that_dies_in_the_return_has_it_ended() -> None:
+    world = World(migrates=True)
+    world.to_bake()
+    world.answer("ill")
+    world.lose_kernel()
+    assert world.machine.phase == upgrade.RETURN_BROWNOUT
+    world.settle()
+    assert (world.outcome, world.serving) == (ROLLED_BACK, BACK)
