@@ -16,6 +16,7 @@ from snap.ipc import BusyError, DeadlineError, NotFoundError, SnapError, Unreach
 from snap.kernel.keeper import RESPAWN_WINDOW, RESPAWNS
 
 from . import ops, versions
+from .client import LOST
 from .events import BAKE, Event
 from .report import Happened, Result
 from .world import HANGING, KEEPER, LOOK, PATIENCE, Violation, World
@@ -134,8 +135,8 @@ class Driver:
         return str(self._finish(number, lost=True)["outcome"])
 
     def _kill_module(self, event: Event) -> None:
-        pid = self.world.module()["pid"]
-        self.world.send(pid, signal.SIGKILL)
+        if pid := self.world.module()["pid"]:
+            self.world.send(pid, signal.SIGKILL)
 
     def _stop_module(self, event: Event) -> None:
         self._pause(self.world.module()["pid"], event.seconds)
@@ -172,6 +173,27 @@ class Driver:
             for pid in both:
                 self.world.send(pid, number)
         self.world.begin_anew()
+
+    def _corrupt(self, event: Event) -> str:
+        """A version that writes over a row and dies. What its last poll had touched is undone anyway; else all clients are
+        told that the state is lost, at the latest because of the process after the next, which checks what it takes
+        over, and the module goes on with a blank one. Nobody gets a wrong answer."""
+        try:
+            view = self._finish(self._begin("corrupts_a_table"))
+        except SnapError as error:
+            return error.code
+        self._demand(view["outcome"] in versions.ALL["corrupts_a_table"].outcomes, event, view)
+        generation = self.world.module()["generation"]
+        self._kill_module(event)
+        self.world.until("a fresh process", lambda: self._serves_after(generation))
+        if not self.world.any_client_ends():
+            return f"{view['outcome']} and nothing lost"
+        self.world.lose_clients(LOST)
+        return f"{view['outcome']} and state lost"
+
+    def _serves_after(self, generation: int) -> bool:
+        view = self.world.module()
+        return view["state"] == "ready" and view["generation"] > generation
 
     def _kill_client(self, event: Event) -> None:
         self.world.kill_client(self.world.clients[event.client % len(self.world.clients)])

@@ -42,6 +42,7 @@ WEIGHTS: Final = {
     "upgrade_kernel": 3,
     "kill_keeper": 2,
     "kill_both": 1,
+    "corrupt": 1,
     "kill_client": 5,
     "stop_client": 3,
     "leave_client": 4,

@@ -59,6 +59,6 @@ def table(result: Result) -> str:
         lines.append(f"  blackout of {len(flips)} flips: median {median:.0f} us, most {most:.0f} us")
     lines.append(
         f"  {result.operations} operations of {result.sessions} clients: "
-        "none lost, doubled or wrong; nothing left behind"
+        "none lost unsaid, doubled or wrong; nothing left behind"
     )
     return "\n".join(lines)

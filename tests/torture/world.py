@@ -141,16 +141,33 @@ class World:
         """After the end of kernel and keeper: all else ends by itself, and leaves nothing; then another kernel."""
         self.until("the modules to end", lambda: not self.processes())
         self._disconnect()
+        self.lose_clients(GONE)
+        if left := self.leftovers():
+            raise Violation(self.diagnosis(f"left behind: {left}"))
+        self.start_kernel()
+
+    def any_client_ends(self) -> bool:
+        """Once each of them has ended, or has got an answer since now."""
+        before = {client.number: ledger.received(client.ledger) for client in self.clients}
+        self.until(
+            "clients to go on or end",
+            lambda: all(
+                client.process.poll() is not None or ledger.received(client.ledger) > before[client.number]
+                for client in self.clients
+            ),
+        )
+        return any(client.process.poll() is not None for client in self.clients)
+
+    def lose_clients(self, code: int) -> None:
+        """Every client is told what its exit `code` means, having got no wrong answer until then. What they counted is
+        gone with the state."""
         for client in list(self.clients):
             self.until(f"client {client.number} to be told", lambda c=client: c.process.poll() is not None)
-            if client.process.returncode != GONE:
+            if client.process.returncode != code:
                 self._accuse(client)
             client.killed = True
             self.end_client(client)
-        if left := self.leftovers():
-            raise Violation(self.diagnosis(f"left behind: {left}"))
         self.sessions.clear()
-        self.start_kernel()
 
     def _disconnect(self) -> None:
         if self._control is not None:
