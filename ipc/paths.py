@@ -11,6 +11,7 @@ EVENTS = "events.sock"
 LOCK = "kernel.lock"
 AUDIT = "audit.jsonl"
 LOGS = "log"
+SEMAPHORES = "semaphores"
 KERNEL_LOG = "kernel.log"
 
 

@@ -31,6 +31,7 @@ from .policy import Identity, Policy
 from .principals import Principal
 from .record import Outbox, Record
 from .runner import Hooks, Runner
+from .semaphores import Semaphores
 from .store import NoStore, Store
 from .supervision import Limits, Supervision
 from .takeover import LISTENER, Adoption, RecordedStore
@@ -91,6 +92,7 @@ class Kernel:
         for name in reclaim():
             self.events.emit("segment.reclaimed", f"segment:{name}")
         self._principals: dict[Incarnation, Principal] = {}
+        self.semaphores = Semaphores(directory / paths.SEMAPHORES)
         self.plan = self._load_modules()
         self.upgrades = Upgrades(self)
         self._bootstrap = bootstrap.Bootstrap(
@@ -104,6 +106,7 @@ class Kernel:
         self.events.emit("kernel.started", "kernel", pid=os.getpid(), version=VERSION)
         if adoption is not None:
             adoption.confirm()
+        self._reclaim_semaphores()
         self.outbox.flush()
 
     @property
@@ -165,6 +168,7 @@ class Kernel:
         self._heartbeats.cancel()
         for runner in self.runners.values():
             runner.close()
+        self._reclaim_semaphores()
         self.desk.close()
         self.events.emit("kernel.stopped", "kernel")
         self.outbox.close()
@@ -204,6 +208,12 @@ class Kernel:
         )
 
     # -- inside -----------------------------------------------------------------------------------------------
+
+    def _reclaim_semaphores(self) -> None:
+        """Those that an earlier kernel made, and that no module has."""
+        used = [seat.semaphore for runner in self.runners.values() for seat in runner.states.seats.values()]
+        for number in self.semaphores.reclaim(used):
+            self.events.emit("semaphore.reclaimed", f"semaphore:{number}")
 
     def _begin_record(self, listener: socket.socket) -> None:
         self._record.parts.update(
@@ -324,6 +334,7 @@ class Kernel:
             self.settings.runtime_dir,
             hooks,
             self.store,
+            self.semaphores,
             self.outbox,
         )
         runner.origin = found

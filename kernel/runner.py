@@ -26,6 +26,7 @@ from .incarnation import Ears, Incarnation
 from .operations import Operations
 from .processes import Log
 from .record import Outbox
+from .semaphores import Semaphores
 from .states import States
 from .store import Store
 from .supervision import Action, Supervision
@@ -90,6 +91,7 @@ class Runner:
         directory: Path,
         hooks: Hooks,
         store: Store,
+        semaphores: Semaphores,
         outbox: Outbox | None = None,
     ) -> None:
         """`directory` is the kernel's runtime directory. Raises ResourceError."""
@@ -106,7 +108,7 @@ class Runner:
         self.alive: set[Incarnation] = set()
         self.kept: dict[str, int] = {}
         self.gate = GatePage()
-        self.states = States(self.name, store, directory / "poisoned", self.emit)
+        self.states = States(self.name, store, semaphores, directory / "poisoned", self.emit)
         self._host, self._events, self._hooks, self._store = host, events, hooks, store
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._seen = (machine.state, machine.since)

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import sysv_ipc  # type: ignore[import-not-found]
-
 from snap.dataplane import _native
-from snap.dataplane.errors import ResourceError, StateError
+from snap.dataplane.errors import StateError
 from snap.ipc.manifest import Manifest
 from snap.ipc.protocol import StateSchema
 from snap.ipc.segment import Segment
 
+from .semaphores import Semaphores
 from .store import Store
 
 FATAL_ADOPTIONS: Final = 2
@@ -52,9 +51,15 @@ class States:
     """The seats of module `name`. `emit(kind, data)` reports; poisoned state is copied to the directory `poisoned`."""
 
     def __init__(
-        self, name: str, store: Store, poisoned: Path, emit: Callable[[str, dict[str, Any]], None]
+        self,
+        name: str,
+        store: Store,
+        semaphores: Semaphores,
+        poisoned: Path,
+        emit: Callable[[str, dict[str, Any]], None],
     ) -> None:
-        self._name, self._store, self._poisoned, self._emit = name, store, poisoned, emit
+        self._name, self._store, self._semaphores = name, store, semaphores
+        self._poisoned, self._emit = poisoned, emit
         self.seats: dict[str, Seat] = {}
         self._number = 0
 
@@ -69,7 +74,7 @@ class States:
             if engine not in self.seats:
                 size = -(-(table.state_bytes + _native.State.MIN_BYTES) // _PAGE) * _PAGE
                 segment, number = self._blank(engine, size)
-                self.seats[engine] = Seat(_new_semaphore(), size, segment, number)
+                self.seats[engine] = Seat(self._semaphores.make(), size, segment, number)
 
     def assign(self, engine: str, generation: int, schema: StateSchema) -> list[int]:
         """Descriptors for `Prepare`: the state, or a blank one and the state to migrate from. Raises ResourceError."""
@@ -137,7 +142,7 @@ class States:
             for segment, number, _ in seat.pending.values():
                 self._discard(engine, segment, number)
             self._discard(engine, seat.segment, seat.number)
-            remove_semaphore(seat.semaphore)
+            self._semaphores.remove(seat.semaphore)
         self.seats.clear()
 
     # -- outliving the kernel ---------------------------------------------------------------------------------
@@ -209,24 +214,6 @@ class States:
         except OSError as error:
             return f"not kept: {error.strerror}"
         return str(path)
-
-
-def _new_semaphore() -> int:
-    """Raises ResourceError."""
-    try:
-        made = sysv_ipc.Semaphore(None, sysv_ipc.IPC_CREX, mode=0o600, initial_value=1)
-    except OSError as error:
-        raise ResourceError(
-            f"cannot make a semaphore: {error.strerror or error}", "raise kernel.sem, or see `ipcs -s`"
-        ) from error
-    number: int = made.id
-    return number
-
-
-def remove_semaphore(number: int) -> None:
-    """Whoever waits for it is told; one that is gone already is fine."""
-    with suppress(sysv_ipc.ExistentialError):
-        sysv_ipc.remove_semaphore(number)
 
 
 def _header(segment: Segment) -> dict[str, Any]:
