@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,6 +44,14 @@ def load(path: Path, name: str) -> Found:
     if loaded.name != name:
         raise ManifestError(f"{path} holds module {loaded.name!r}, not {name!r}", "give another directory")
     return Found(loaded, path, "path")
+
+
+def prune(directory: Path, name: str, needed: Iterable[Found]) -> None:
+    """Remove the copies of module `name` under `directory` that nobody needs any more."""
+    kept = {found.path.parent for found in needed}
+    for place in (directory / name).glob("*"):
+        if place not in kept:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def record(found: Found) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +15,7 @@ from snap.dataplane.errors import (
     BusyError,
     DeadlineError,
     DeniedError,
+    ManifestError,
     NotFoundError,
     NotRunningError,
     RolledBackError,
@@ -33,6 +35,7 @@ from .upgrading import Upgrading, Waits
 if TYPE_CHECKING:
     from .kernel import Kernel
 
+BY_OPERATOR: Final = "rolled back by an operator"
 HISTORY: Final = 256
 VERSIONS: Final = 8
 """Earlier versions of a module that can be named."""
@@ -41,6 +44,7 @@ VERSIONS: Final = 8
 class Upgrades:
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
+        self._packages = kernel.settings.runtime_dir / packages.DIRECTORY
         self._last = 0
         self._running: dict[str, Upgrading] = {}
         self._queued: dict[str, Upgrading] = {}
@@ -59,15 +63,16 @@ class Upgrades:
         runner = self._upgradable(name)
         found = self._find(runner, source)
         self._check(runner, found.manifest)
-        kept = packages.keep(found, self._kernel.settings.runtime_dir / packages.DIRECTORY)
+        kept = packages.keep(found, self._packages)
         return self._begin(runner, kept, "upgrade", bake, rollback, origin=found)
 
     def roll_back(self, name: str) -> int:
-        """Back to what ran before: out of the upgrade that bakes, or by an upgrade to it. Raises as `begin` does."""
-        running = self._running.get(name)
-        if running is not None and running.view.phase == "bake":
-            running.cancel("rolled back by an operator")
-            return running.view.id
+        """Back to what ran before: out of the upgrade that is under way or waits, or by an upgrade to it. Raises as
+        `begin` does."""
+        upgrading = self._running.get(name) or self._queued.get(name)
+        if upgrading is not None and upgrading.view.kind == "upgrade":
+            upgrading.cancel(BY_OPERATOR)
+            return upgrading.view.id
         runner = self._upgradable(name)
         versions = self._versions.get(name)
         if not versions:
@@ -139,9 +144,7 @@ class Upgrades:
                 ) from error
         view = self.view(number)
         wanted = view.kind == "rollback"
-        if view.outcome != "committed" and not (
-            view.outcome == "rolled_back" and view.reason.startswith("rolled back by")
-        ):
+        if view.outcome != "committed" and view.reason != BY_OPERATOR:
             verb = "rollback" if wanted else "upgrade"
             raise RolledBackError(
                 f"{verb} of module {view.module!r} failed ({view.outcome}): {view.reason}",
@@ -169,13 +172,12 @@ class Upgrades:
     def _find(self, runner: Runner, source: str | None) -> Found:
         """Raises NotFoundError, ManifestError."""
         if source is None:
-            if runner.origin.source == packages.SHIPPED:
-                found = packages.load(runner.origin.path, runner.name)
-                return Found(found.manifest, found.path, packages.SHIPPED)
-            return packages.load(runner.origin.path, runner.name)
+            return _there(runner)
         if "/" in source or Path(source).is_dir():
             return packages.load(Path(source).absolute(), runner.name)
         known: list[Found] = [*self._versions.get(runner.name, ()), runner.found]
+        with suppress(NotFoundError, ManifestError):
+            known.insert(0, _there(runner))
         for found in reversed(known):
             if found.manifest.module.version == source:
                 return found
@@ -266,7 +268,9 @@ class Upgrades:
 
     def _remember(self, runner: Runner, origin: Found, before: Found) -> None:
         runner.origin = origin
-        self._versions.setdefault(runner.name, deque(maxlen=VERSIONS)).append(before)
+        versions = self._versions.setdefault(runner.name, deque(maxlen=VERSIONS))
+        versions.append(before)
+        packages.prune(self._packages, runner.name, [runner.found, *versions])
 
     # -- outliving the kernel ---------------------------------------------------------------------------------
 
@@ -312,3 +316,10 @@ class Upgrades:
                 for name, versions in self._versions.items()
             },
         }
+
+
+def _there(runner: Runner) -> Found:
+    """What the module's directory holds now. Raises NotFoundError, ManifestError."""
+    found = packages.load(runner.origin.path, runner.name)
+    source = runner.origin.source
+    return Found(found.manifest, found.path, source) if source == packages.SHIPPED else found
