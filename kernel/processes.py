@@ -27,6 +27,9 @@ _READ: Final = 65536
 _NICE: Final = 10
 """A tenth of the weight of others: what a process that gets ready may cost the one that serves."""
 
+_MODEST: Final = 10.0
+"""Seconds of that: on a machine that is busy with other things a tenth of the weight may be next to nothing."""
+
 _SOON: Final = 0.1
 
 _LOOKS: Final = 20
@@ -173,14 +176,18 @@ class Process:
     @classmethod
     def adopt(cls, pid: int, pidfd: int, on_exit: Callable[[str, bool], None]) -> Process:
         """Go on with a process that an earlier kernel started; `pidfd` is the process's now."""
-        return cls(pid, pidfd, on_exit, child=False)
+        process = cls(pid, pidfd, on_exit, child=False)
+        process.step_back(False)  # that kernel will not say so any more
+        return process
 
     def step_back(self, yes: bool) -> None:
-        """Leave the processors to others, or compete for them as everybody does. Its session is a scheduling group of
+        """Leave the processors to others for a while, or compete for them as everybody does. Its session is a scheduling group of
         its own where the OS has autogroups, and may be favoured less and as much again by whoever owns it; elsewhere
         nothing happens, for a nice value could not be taken back."""
         self._nice = _NICE if yes else 0
         self._be_nice()
+        if yes:
+            self._loop.call_later(_MODEST, self.step_back, False)
 
     def _be_nice(self) -> None:
         if self.pidfd < 0:
