@@ -181,9 +181,9 @@ class Process:
         return process
 
     def step_back(self, yes: bool) -> None:
-        """Leave the processors to others for a while, or compete for them as everybody does. Its session is a scheduling
-        group of its own where the OS has autogroups, and may be favoured less and as much again by whoever owns it;
-        elsewhere nothing happens, for a nice value could not be taken back."""
+        """Leave the processors to others for a while, or compete for them as everybody does. Its session is a
+        scheduling group of its own where the OS has autogroups, and may be favoured less and as much again by whoever
+        owns it; elsewhere nothing happens, for a nice value could not be taken back."""
         self._nice = _NICE if yes else 0
         self._be_nice()
         if yes:
