@@ -37,7 +37,7 @@ class Heritage:
             "origin": packages.record(runner.origin),
             "machine": runner.machine.record(),
             "states": runner.states.record(),
-            "kept": list(runner.kept),
+            "kept": list(runner.kept.fds),
             "processes": [each.record() for each in runner.incarnations if each.process is not None],
             "current": None if runner.current is None else runner.current.generation,
             "standby": None if runner.standby is None else runner.standby.generation,
@@ -56,7 +56,7 @@ class Heritage:
             runner.gate = GatePage(take(f"gate.{runner.name}")[0])
         runner.found, runner.origin = packages.restored(record["found"]), packages.restored(record["origin"])
         runner.states.restore(record["states"], take)
-        runner.kept = {name: take(f"keep.{runner.name}.{name}")[0] for name in record["kept"]}
+        runner.kept.restore(record["kept"], take)
         found = [self._restored(each, take) for each in record["processes"]]
         for incarnation in found:
             if incarnation.generation == record["current"]:
@@ -152,5 +152,6 @@ class Heritage:
         incarnation.prepared, incarnation.running = set(record["prepared"]), set(record["running"])
         if record["schemas"] is not None:
             incarnation.schemas = msgspec.convert(record["schemas"], dict[str, protocol.StateSchema])
+        runner.alive.add(incarnation)
         incarnation.adopt([link, pidfd, log], record["pid"], runner.ears, runner.outbox)
         return incarnation

@@ -26,11 +26,12 @@ from .broker import Broker
 from .capability import CapabilityTable
 from .desk import Desk
 from .events import Events
+from .hooks import Hooks
 from .incarnation import Incarnation
 from .policy import Identity, Policy
 from .principals import Principal
 from .record import Outbox, Record
-from .runner import Hooks, Runner
+from .runner import Runner
 from .semaphores import Semaphores
 from .store import NoStore, Store
 from .supervision import Limits, Supervision

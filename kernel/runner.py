@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from snap.dataplane.errors import ProtocolError, SnapError, StateDamagedError
 from snap.ipc import faults, paths, protocol, seqpacket
@@ -22,7 +21,9 @@ from . import supervision
 from .events import Events
 from .gatepage import GatePage
 from .heritage import Heritage
+from .hooks import Follower, Hooks
 from .incarnation import Ears, Incarnation
+from .kept import Kept
 from .operations import Operations
 from .processes import Log
 from .record import Outbox
@@ -36,47 +37,6 @@ _CULPRIT: Final = re.compile(r"\bengine ([a-z][a-z0-9_-]*)(?::| hung)")
 
 STANDBY_PAUSE: Final = 1.0
 """Seconds before a standby that ended is replaced."""
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What a runner tells the kernel. `spawned` and `died` frame the life of a process; `attach` asks for the
-    module's channels for a process that has loaded; `fell` follows `died` for one that served, and was not to end;
-    `request` gets what a module asks as a principal, `news`
-    what it reports of its channels; `lost` engines that go on without their state; `ended` when nobody will
-    serve the channels any more; `changed` every change of state; `bad` what could not be decoded; `held` the channels
-    (generations by id) that a process has which an earlier kernel started."""
-
-    spawned: Callable[[Runner, Incarnation], None]
-    died: Callable[[Runner, Incarnation, str], None]
-    fell: Callable[[Runner, Incarnation, str], None]
-    attach: Callable[[Runner, Incarnation], None]
-    request: Callable[[Runner, Incarnation, Any], None]
-    news: Callable[[Runner, Incarnation, Any], None]
-    lost: Callable[[Runner, str, str], None]
-    ended: Callable[[Runner, str], None]
-    changed: Callable[[Runner], None]
-    bad: Callable[[Runner, Incarnation, str], None]
-    held: Callable[[Runner, Incarnation, dict[int, int]], None]
-
-
-class Follower(Protocol):
-    """The upgrade that runs: told about all processes, its own ones included."""
-
-    @property
-    def incarnations(self) -> list[Incarnation]:
-        """Processes besides the current one."""
-
-    def on_message(self, incarnation: Incarnation, message: Any) -> None: ...
-
-    def on_exit(self, incarnation: Incarnation, reason: str) -> bool:
-        """True: it sees to everything, were it the current one."""
-
-    def on_report(self, incarnation: Incarnation) -> None:
-        """After the kernel's death: `running` and `prepared` are what it says."""
-
-    def retires(self, incarnation: Incarnation) -> bool:
-        """Whether engines may have ended in it without anything being wrong."""
 
 
 class Runner:
@@ -106,7 +66,7 @@ class Runner:
         self.standby: Incarnation | None = None
         self.follower: Follower | None = None
         self.alive: set[Incarnation] = set()
-        self.kept: dict[str, int] = {}
+        self.kept = Kept(self.name, store)
         self.gate = GatePage()
         self.states = States(self.name, store, semaphores, directory / "poisoned", self.emit)
         self._host, self._events, self._hooks, self._store = host, events, hooks, store
@@ -188,7 +148,7 @@ class Runner:
         self.heritage.close()
         self.log.close()
         self.states.close()
-        self._forget_kept()
+        self.kept.close()
         self._store.remove(f"gate.{self.name}")
         self.gate.close()
 
@@ -203,15 +163,15 @@ class Runner:
         incarnation = Incarnation(number, found, self.log)
         incarnation.start(self._host, self.ears, self.outbox)
         self._store.put(self.label(incarnation), incarnation.fds)
-        kept = list(self.kept)
+        kept = self.kept.fds
         order = protocol.Configure(
             name=self.name,
             generation=number,
             manifest=found.manifest.to_builtins(),
             path=str(found.path),
-            kept=kept,
+            kept=list(kept),
         )
-        fds = [self.gate.reader, incarnation.page.fd, *(self.kept[name] for name in kept)]
+        fds = [self.gate.reader, incarnation.page.fd, *kept.values()]
         incarnation.send(order, fds)
         # As long as somebody serves, getting ready has time.
         incarnation.step_back(self.current is not None)
@@ -242,7 +202,10 @@ class Runner:
     def want_standby(self) -> None:
         """Have one, where the manifest asks for it and nothing else is under way."""
         wanted = self.found.manifest.module.standby
-        if not wanted or self.standby is not None or self.follower is not None or not self.ready:
+        if not wanted or self.follower is not None or not self.ready:
+            return
+        # Nor while another one ends: it would wait for the same engines. "standby" is the pause after the last one.
+        if self.alive - {self.current} or "standby" in self._timers:
             return
         try:
             self.standby = self.spawn(self.found)
@@ -315,7 +278,7 @@ class Runner:
         self.dismiss_standby()
         self._hooks.ended(self, reason)
         self.states.close()
-        self._forget_kept()
+        self.kept.close()
 
     def _discard_poison(self) -> None:
         for engine in self.states.poisoned():
@@ -375,7 +338,7 @@ class Runner:
                 if mine:
                     self.perform(self.machine.handle_broken(self._now(), stage[:32], text[:2000]))
             case protocol.Keep(name=name):
-                self._keep(name, fds)
+                self.kept.put(name, fds)
             case protocol.Health():
                 pass
             case protocol.Holding():
@@ -441,19 +404,6 @@ class Runner:
             return False
         return code == StateDamagedError.code or seat.schema == incarnation.schemas[engine]
 
-    def _keep(self, name: str, fds: list[int]) -> None:
-        old = self.kept.pop(name, None)
-        if old is not None:
-            seqpacket.close_all([old])
-            self._store.remove(f"keep.{self.name}.{name}")
-        if fds:
-            self.kept[name] = fds.pop(0)
-            self._store.put(f"keep.{self.name}.{name}", [self.kept[name]])
-
-    def _forget_kept(self) -> None:
-        for name in list(self.kept):
-            self._keep(name, [])
-
     def _on_bad(self, incarnation: Incarnation, error: ProtocolError) -> None:
         self._hooks.bad(self, incarnation, error.message)
         self.misbehaved(incarnation, f"garbage on its link: {error.message}")
@@ -480,6 +430,7 @@ class Runner:
             self.emit("standby.exited", {"how": reason})
             self._set_timer("standby", STANDBY_PAUSE)
         self.operations.settle()
+        self.want_standby()
 
     def _current_exited(self, how: str, reason: str, clean: bool) -> None:
         assert self.current is not None

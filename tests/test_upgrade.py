@@ -25,6 +25,7 @@ from snap.dataplane.errors import (
 )
 from snap.ipc import aconnect
 from snap.ipc.channel import Channel
+from snap.kernel.incarnation import Incarnation
 from tests.kernel_rig import ECHO, PATIENCE, Rig, run, running, write_module
 
 MANIFEST = """\
@@ -215,6 +216,27 @@ def test_a_rollback_in_the_bake_brings_back_what_the_new_version_wrote(tmp_path:
             assert (view["id"], view["outcome"]) == (number, "rolled_back")
             await load.some()
             assert load.versions == ["one", "two", "one"]
+
+    run(test())
+
+
+def test_a_rollback_ends_an_upgrade_that_gets_ready_or_waits(tmp_path: Path) -> None:
+    write_sum(tmp_path / "modules", "one")
+    write_sum(tmp_path / "modules", "one", name="above", more='[requires]\nservices = ["sums"]\n')
+    new = write_sum(tmp_path / "new", "two", extra="import time; time.sleep(3600)")
+
+    async def test() -> None:
+        async with running(tmp_path, start=["above"]) as rig:
+            before = rig.kernel.runner("sums").current
+            first = await upgrade(rig, new, wait=False)
+            second = await rig.operate("module.upgrade", name="above", wait=False)
+            assert (first["phase"], second["phase"]) == ("brownout", "queued")
+            for name, begun in (("above", second), ("sums", first)):
+                view = await rig.operate("module.rollback", name=name)
+                assert (view["id"], view["outcome"]) == (begun["id"], "aborted")
+            runner = rig.kernel.runner("sums")
+            assert runner.current is before and runner.ready
+            await rig.until(lambda: runner.alive == {before})
 
     run(test())
 
@@ -461,10 +483,19 @@ def test_a_standby_takes_over_the_moment_that_its_module_dies(tmp_path: Path) ->
                 assert (runner.machine.faults, runner.machine.generation) == (fault, second.generation)
             assert (await rig.operate("module.show", name="sums"))["standby"] in ("starting", "ready")
             new = write_sum(tmp_path / "new", "two", module="standby = true")
+            spawned: list[int] = []
+            spawn = runner.spawn
+
+            def watch(*what: Any) -> Incarnation:
+                spawned.append(len(runner.alive))
+                return spawn(*what)
+
+            runner.spawn = watch  # type: ignore[method-assign]
             await upgrade(rig, new)
             await rig.until(lambda: runner.standby is not None and runner.standby.ready)
             await load.some()
             assert load.versions == ["one", "two"]
+            assert spawned[-1] == 1, "the old version was still ending"
 
     run(test())
 

@@ -22,9 +22,9 @@ def outcome(view: UpgradeView) -> str:
 
 
 def succeeded(view: UpgradeView, wanted: str = "") -> bool:
-    """A rollback (`wanted`) of an upgrade that is baking ends that one, and was to."""
+    """A rollback (`wanted`) of an upgrade that is under way ends that one, and was to."""
     if wanted == "rollback" and view.kind == "upgrade":
-        return view.outcome == "rolled_back"
+        return view.outcome in ("rolled_back", "aborted")
     return view.outcome in ("committed", "recovered")
 
 

@@ -17,6 +17,8 @@ from ._base import Settings, complete_module
 def rollback(settings: Settings, module: str, watch: bool, wait: bool) -> None:
     """Put MODULE back to the version that ran before, without its clients noticing.
 
+    An upgrade of MODULE that is under way, or waits for others, is ended by this.
+
     The code of that version was kept, whatever its directory holds by now. If the state's schema changed in between,
     the older version's own migration takes it back, as long as it knows how.
 
