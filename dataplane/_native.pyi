@@ -379,7 +379,8 @@ class Worker:
         """Let go at the next poll boundary, then wait for ownership again, or end."""
     def take_news(self) -> list[tuple[str, int, Any]]:
         """Since the last call: ("fault", channel, reason), ("took", first_poll_ns, {"last_poll_ns", "undone"}),
-        ("yielded", last_poll_ns, None), ("refused", 0, (code, message)) for state that cannot be adopted,
+        ("yielded", last_poll_ns, None), ("refused", held, (code, message)) for state that cannot be adopted
+        (held 0) or was found damaged in a poll (1: the ownership stays with the process),
         ("ended", 0, error text or "")."""
     def fileno(self) -> int:
         """An eventfd that is rung when `take_news` has something."""

@@ -279,11 +279,13 @@ class Prepared(Message, frozen=True):
 
 
 class Refused(Message, frozen=True):
-    """The state given to `engine` cannot be adopted: `code` is state_damaged, schema, or of another error."""
+    """The state given to `engine` cannot be adopted: `code` is state_damaged, schema, or of another error. `held`: it
+    was, and was found damaged in a poll; the engine has stopped, and its ownership is kept until the process ends."""
 
     engine: str
     code: str
     message: str
+    held: bool = False
 
 
 class Took(Message, frozen=True):

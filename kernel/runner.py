@@ -331,8 +331,8 @@ class Runner:
             case protocol.Serving():
                 if mine:
                     self.serving()
-            case protocol.Refused(engine=engine, code=code, message=text):
-                self._refused(incarnation, engine, code, text)
+            case protocol.Refused():
+                self._refused(incarnation, message)
             case protocol.Broken(stage=stage, error=text):
                 incarnation.error = f"broke in {stage[:32]}: {text[:2000]}"
                 if mine:
@@ -385,17 +385,27 @@ class Runner:
         incarnation.prepared.discard(engine)
         self.states.took(engine, incarnation.generation)
 
-    def _refused(self, incarnation: Incarnation, engine: str, code: str, text: str) -> None:
-        self.emit("state.refused", {"engine": engine, "code": code, "error": text})
+    def _refused(self, incarnation: Incarnation, refused: protocol.Refused) -> None:
+        engine, text = refused.engine, refused.message
+        said = f"engine {engine} refused its state: {text}"
+        self.emit("state.refused", {"engine": engine, "code": refused.code, "error": text})
         if incarnation is not self.current:
-            incarnation.error = f"engine {engine} refused its state: {text}"
+            incarnation.error = said
             if incarnation is self.standby:
                 self.dismiss_standby()
-        elif self.follower is None and self._is_damage(incarnation, engine, code):
-            self._replace_state(engine, text)
-            self.prepare(incarnation, engine)
+            elif refused.held:
+                incarnation.kill()
+        elif self.follower is not None or not self._is_damage(incarnation, engine, refused.code):
+            # In an upgrade the next one may never meet the damage; whoever does is ended, too.
+            self.misbehaved(incarnation, said)
         else:
-            self.misbehaved(incarnation, f"engine {engine} refused its state: {text}")
+            # Who waits for it has looked at it before it was damaged.
+            self.dismiss_standby()
+            self._replace_state(engine, text)
+            if refused.held:
+                self.misbehaved(incarnation, said)
+            else:
+                self.prepare(incarnation, engine)
 
     def _is_damage(self, incarnation: Incarnation, engine: str, code: str) -> bool:
         """Whatever the words: code that refuses a state which it should be able to read has found damage."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
 from snap.dataplane import _native
-from snap.dataplane.errors import ResourceError, SnapError
+from snap.dataplane.errors import ResourceError, SnapError, StateDamagedError
 from snap.ipc import faults
 
 from .engine import Engine
@@ -157,6 +157,9 @@ class PythonWorker:
                 self._let_go()
                 if self._stopping or self._retiring:
                     break
+        except StateDamagedError as error:
+            # The ownership stays until the process ends: by then there is another state to take.
+            self._tell("refused", 1, (error.code, str(error)))
         except BaseException as error:
             # Nothing is committed and the ownership ends with the process: its successor takes the poll back.
             said = self.crash = traceback.format_exc()

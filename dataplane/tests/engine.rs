@@ -14,7 +14,7 @@ use snap_dataplane::engine::worker::{News, Settings, Worker};
 use snap_dataplane::engine::{self, Channel, Channels, Engine};
 use snap_dataplane::layout::{DIR_TAIL, OFF_DIRECTION};
 use snap_dataplane::poller::Wait;
-use snap_dataplane::state::Segment;
+use snap_dataplane::state::{self, Kind, ObjectSpec, Segment, Table};
 use snap_dataplane::stats::{Page, Record, BYTES, FIELDS};
 
 /// Longer than anything here takes; only a wrong program meets it.
@@ -29,12 +29,16 @@ fn until(what: &str, mut ready: impl FnMut() -> bool) {
 }
 
 fn worker(engine: Box<dyn Engine>) -> Worker {
+    worker_on(engine, open_state(&state(Vec::new())))
+}
+
+fn worker_on(engine: Box<dyn Engine>, segment: Segment) -> Worker {
     let settings = Settings {
         name: "test".into(),
         stats: None,
         budget: 64,
         wait: Wait::Block,
-        segment: Arc::new(Mutex::new(open_state(&state(Vec::new())))),
+        segment: Arc::new(Mutex::new(segment)),
         source: None,
         ownership: None,
         generation: 1,
@@ -56,7 +60,7 @@ fn faults_of(news: Vec<News>) -> Vec<(u64, String)> {
 struct Counted(Box<dyn Engine>, Arc<AtomicUsize>);
 
 impl Engine for Counted {
-    fn poll(&mut self, channels: &mut Channels, state: &mut Segment, budget: usize) -> usize {
+    fn poll(&mut self, channels: &mut Channels, state: &mut Segment, budget: usize) -> state::Result<usize> {
         self.1.fetch_add(1, Ordering::Relaxed);
         self.0.poll(channels, state, budget)
     }
@@ -102,13 +106,49 @@ fn a_dropped_channel_cannot_keep_the_worker_awake_and_the_others_are_served() {
 fn a_panicking_engine_ends_alone_and_says_so() {
     struct Panics;
     impl Engine for Panics {
-        fn poll(&mut self, _channels: &mut Channels, _state: &mut Segment, _budget: usize) -> usize {
+        fn poll(&mut self, _: &mut Channels, _: &mut Segment, _: usize) -> state::Result<usize> {
             panic!("on purpose");
         }
     }
     let mut worker = worker(Box::new(Panics));
     until("the end", || !worker.alive());
     assert!(worker.take_news().iter().any(|news| matches!(news, News::Ended(text) if text == "on purpose")));
+    assert!(worker.stop(LIMIT, false));
+}
+
+/// Looks a row up in every poll.
+struct Reads(Table);
+
+impl Engine for Reads {
+    fn poll(&mut self, _: &mut Channels, state: &mut Segment, _: usize) -> state::Result<usize> {
+        self.0.get(state, b"key.", &mut [0; 4])?;
+        Ok(1)
+    }
+}
+
+#[test]
+fn an_engine_that_meets_damage_refuses_its_state() {
+    let spec = ObjectSpec { kind: Kind::Table, name: "t".into(), key: 4, item: 4, count: 8, fields: String::new() };
+    let fd = state(vec![spec]);
+    let mut segment = open_state(&fd);
+    let table = Table::of(&segment, "t").expect("there");
+    table.put(&mut segment, b"key.", b"row.").expect("room");
+    segment.commit();
+    let mut worker = worker_on(Box::new(Reads(table)), segment);
+    let mut news = Vec::new();
+    until("the first poll", || {
+        news.extend(worker.take_news());
+        news.iter().any(|news| matches!(news, News::Took { .. }))
+    });
+    let mut bytes = vec![0; rustix::fs::fstat(&fd).expect("stat").st_size as usize];
+    rustix::io::pread(&fd, &mut bytes, 0).expect("read");
+    let at = bytes.windows(4).position(|four| four == b"row.").expect("written");
+    rustix::io::pwrite(&fd, b"!", at as u64).expect("written over");
+    until("the end", || !worker.alive());
+    news.extend(worker.take_news());
+    let refused = |news: &News| matches!(news, News::Refused { why, held: true } if why.code == "state_damaged");
+    assert!(news.iter().any(refused), "{news:?}");
+    assert!(matches!(news.last(), Some(News::Ended(text)) if text.is_empty()));
     assert!(worker.stop(LIMIT, false));
 }
 

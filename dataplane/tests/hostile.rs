@@ -174,7 +174,7 @@ fn an_engine_drops_scribbled_channels_and_serves_the_others() {
             client.tx.publish();
             let mut answer = None;
             for _ in 0..4 {
-                echo.poll(&mut channels, &mut state, 64);
+                echo.poll(&mut channels, &mut state, 64).expect("sound");
                 ledger::commit(&mut state, channels.served());
                 answer = answer.or(take(&mut client.rx).expect("sound"));
             }
@@ -215,7 +215,7 @@ fn whatever_a_client_wrote_a_successor_takes_over_or_faults_that_channel_alone()
                 client.tx.publish();
                 number += 1;
                 (0..random.below(12)).for_each(|_| scribble(&bad.map, &mut random, true));
-                echo.poll(&mut channels, &mut state, 64);
+                echo.poll(&mut channels, &mut state, 64).expect("sound");
                 // The last poll dies before its commit.
                 if turn < 3 {
                     ledger::commit(&mut state, channels.served());
@@ -257,7 +257,7 @@ fn each_lie_to_a_successor_has_its_name() {
             channels.attach(Channel::new(1, end.tx, end.rx, 1).expect("a line"));
             ledger::take(&mut state, None, generation).expect("sound");
             let faults = ledger::take_channels(&mut state, channels.served());
-            engine::make("echo").expect("shipped").poll(&mut channels, &mut state, 64);
+            engine::make("echo").expect("shipped").poll(&mut channels, &mut state, 64).expect("sound");
             ledger::commit(&mut state, channels.served());
             faults
         };

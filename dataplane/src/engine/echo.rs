@@ -3,7 +3,7 @@
 use super::{Channel, Channels, Engine};
 use crate::error::{Error, Result};
 use crate::layout::{self, INLINE_MAX};
-use crate::state::Segment;
+use crate::state::{self, Segment};
 
 /// Holds only scratch memory; a message that does not fit into the way back stays in the ring of its sender, who thereby
 /// feels the back-pressure.
@@ -18,8 +18,8 @@ impl Default for Echo {
 }
 
 impl Engine for Echo {
-    fn poll(&mut self, channels: &mut Channels, _state: &mut Segment, budget: usize) -> usize {
-        channels.each(budget, |channel, budget| self.serve(channel, budget))
+    fn poll(&mut self, channels: &mut Channels, _state: &mut Segment, budget: usize) -> state::Result<usize> {
+        Ok(channels.each(budget, |channel, budget| self.serve(channel, budget)))
     }
 }
 

@@ -3,6 +3,7 @@
 
 pub mod echo;
 pub mod mailbox;
+mod meter;
 pub mod worker;
 
 use crate::channel::{Rx, Tx};
@@ -108,8 +109,9 @@ impl Channels {
 /// What it writes to its state, receives and sends in one poll becomes permanent together, after the poll; what it keeps
 /// in itself must follow from the state (`adopt` builds it again) or be in the snapshot.
 pub trait Engine: Send {
-    /// Do at most about `budget` messages of work; how much was done. 0 lets the worker wait.
-    fn poll(&mut self, channels: &mut Channels, state: &mut Segment, budget: usize) -> usize;
+    /// Do at most about `budget` messages of work; how much was done. 0 lets the worker wait. An error ends the engine,
+    /// and what this poll did is never committed; `Damaged` condemns the state with it.
+    fn poll(&mut self, channels: &mut Channels, state: &mut Segment, budget: usize) -> state::Result<usize>;
 
     /// What the engine keeps in its state; the default is nothing.
     fn schema(&self) -> Schema {

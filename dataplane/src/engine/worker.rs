@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::mailbox::{Mailbox, Work};
+use super::meter::Meter;
 use super::{Channel, Channels, Engine};
 use crate::bell::Bell;
 use crate::error::{Error, Result};
@@ -18,7 +19,7 @@ use crate::ledger;
 use crate::ownership::{Ownership, Waited};
 use crate::poller::{self, Poller, Wait};
 use crate::state::{self, Segment, Shared as Segments, StateError, Word};
-use crate::stats::{self, Page};
+use crate::stats::Page;
 use crate::sync;
 
 /// Statistics and heartbeat are published this often while there is work; an idle engine publishes at every wake-up.
@@ -39,10 +40,23 @@ struct Running {
 /// What became of an engine, for control code.
 #[derive(Debug)]
 pub enum News {
-    Fault { channel: u64, reason: String },
-    Took { first_poll_ns: u64, last_poll_ns: u64, undone: u64 },
-    Yielded { last_poll_ns: u64 },
-    Refused(Refusal),
+    Fault {
+        channel: u64,
+        reason: String,
+    },
+    Took {
+        first_poll_ns: u64,
+        last_poll_ns: u64,
+        undone: u64,
+    },
+    Yielded {
+        last_poll_ns: u64,
+    },
+    /// `held`: it ran on this state, and lets nobody else have it.
+    Refused {
+        why: Refusal,
+        held: bool,
+    },
     Ended(String),
 }
 
@@ -100,6 +114,28 @@ impl From<StateError> for Refusal {
     }
 }
 
+/// Why an engine ended before it was told to.
+enum End {
+    Failed(String),
+    /// Its state is not what engines wrote.
+    Damaged(Refusal),
+}
+
+impl From<Error> for End {
+    fn from(error: Error) -> End {
+        End::Failed(error.to_string())
+    }
+}
+
+impl From<StateError> for End {
+    fn from(error: StateError) -> End {
+        match error {
+            StateError::Damaged(_) => End::Damaged(error.into()),
+            other => End::Failed(other.to_string()),
+        }
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -108,6 +144,24 @@ impl Shared {
     fn tell(&self, news: News) {
         lock(&self.news).push(news);
         self.bell.ring();
+    }
+
+    /// The last word of the thread.
+    fn end(&self, how: std::result::Result<(), End>) {
+        let (text, damage) = match how {
+            Ok(()) => (String::new(), None),
+            Err(End::Failed(text)) => (text, None),
+            Err(End::Damaged(why)) => (String::new(), Some(why)),
+        };
+        match (damage, &self.ownership) {
+            // The ownership stays until the process ends: by then there is another state to take.
+            (Some(why), _) => self.tell(News::Refused { why, held: true }),
+            // Gone is as good as free.
+            (None, Some(ownership)) => drop(ownership.release()),
+            (None, None) => {}
+        }
+        self.alive.store(false, Ordering::Release);
+        self.tell(News::Ended(text));
     }
 
     fn leaving(&self) -> bool {
@@ -144,17 +198,7 @@ impl Worker {
             .spawn(move || {
                 // A panic is the engine's own error; it ends this engine, and what its poll did is never committed.
                 let outcome = catch_unwind(AssertUnwindSafe(|| live(&inner, &mut settings)));
-                let text = match outcome {
-                    Ok(Ok(())) => String::new(),
-                    Ok(Err(error)) => error.to_string(),
-                    Err(panic) => panicked(&*panic),
-                };
-                if let Some(ownership) = &inner.ownership {
-                    // Gone is as good as free.
-                    let _ = ownership.release();
-                }
-                inner.alive.store(false, Ordering::Release);
-                inner.tell(News::Ended(text));
+                inner.end(outcome.unwrap_or_else(|panic| Err(End::Failed(panicked(&*panic)))));
             })
             .map_err(|source| Error::Os { what: "starting a worker thread", source })?;
         Ok(Worker { shared, thread: Some(thread) })
@@ -296,31 +340,31 @@ impl Running {
 
     /// One poll, made permanent; how much was done.
     #[inline]
-    fn poll(&mut self, segment: &mut Segment, budget: usize) -> usize {
-        let done = self.engine.poll(&mut self.channels, segment, budget);
+    fn poll(&mut self, segment: &mut Segment, budget: usize) -> state::Result<usize> {
+        let done = self.engine.poll(&mut self.channels, segment, budget)?;
         ledger::commit(segment, self.channels.served());
         ledger::polled(segment);
-        done
+        Ok(done)
     }
 }
 
 /// The thread: wait, take, poll, let go, and again.
-fn live(shared: &Shared, settings: &mut Settings) -> Result<()> {
+fn live(shared: &Shared, settings: &mut Settings) -> std::result::Result<(), End> {
     let mut meter = Meter::default();
     while wait(shared, settings, &mut meter)? {
         let Some(mut running) = lock(&shared.parked).take() else { break };
         match running.take(settings) {
             Ok((last_poll_ns, undone)) => {
                 let first_poll_ns = ledger::first_poll(&lock(&running.segment));
-                poll_once(shared, &mut running, settings, &mut meter);
+                poll_once(shared, &mut running, settings, &mut meter)?;
                 shared.tell(News::Took { first_poll_ns, last_poll_ns, undone });
             }
-            Err(error) => {
-                shared.tell(News::Refused(error));
+            Err(why) => {
+                shared.tell(News::Refused { why, held: false });
                 break;
             }
         }
-        run(shared, &mut running, settings, &mut meter);
+        run(shared, &mut running, settings, &mut meter)?;
         shared.hand_over.store(false, Ordering::Release);
         let yielded = running.let_go();
         // Only somebody who waits may be asked to run work on it: parked before the ownership goes.
@@ -370,14 +414,15 @@ fn wait(shared: &Shared, settings: &Settings, meter: &mut Meter) -> Result<bool>
     }
 }
 
-fn poll_once(shared: &Shared, running: &mut Running, settings: &Settings, meter: &mut Meter) {
+fn poll_once(shared: &Shared, running: &mut Running, settings: &Settings, meter: &mut Meter) -> state::Result<()> {
     let segment = running.segment.clone();
-    let done = running.poll(&mut lock(&segment), settings.budget);
+    let done = running.poll(&mut lock(&segment), settings.budget)?;
     report(shared, &mut running.channels);
     meter.poll(done);
+    Ok(())
 }
 
-fn run(shared: &Shared, running: &mut Running, settings: &Settings, meter: &mut Meter) {
+fn run(shared: &Shared, running: &mut Running, settings: &Settings, meter: &mut Meter) -> state::Result<()> {
     let segment = running.segment.clone();
     let mut idle_since: Option<Instant> = None;
     while !shared.leaving() {
@@ -385,7 +430,7 @@ fn run(shared: &Shared, running: &mut Running, settings: &Settings, meter: &mut 
         let mut held = lock(&segment);
         let mut done = 0;
         for _ in 0..POLLS {
-            done = running.poll(&mut held, settings.budget);
+            done = running.poll(&mut held, settings.budget)?;
             meter.poll(done);
             if done == 0 || running.channels.any_dropped() || shared.mailbox.is_full() || shared.leaving() {
                 break;
@@ -407,6 +452,7 @@ fn run(shared: &Shared, running: &mut Running, settings: &Settings, meter: &mut 
         idle(shared, running, settings, meter);
         idle_since = (settings.wait == Wait::Adaptive).then(Instant::now);
     }
+    Ok(())
 }
 
 /// Arm, look again, sleep.
@@ -438,64 +484,5 @@ fn report(shared: &Shared, channels: &mut Channels) {
         // Its bell is the client's as well: left in the poller, it would go on waking this worker.
         shared.poller.remove(channel.rx.core().own_bell());
         shared.tell(News::Fault { channel: channel.id, reason: error.to_string() });
-    }
-}
-
-/// Counts polls and work, and times what was busy between two publications.
-struct Meter {
-    record: stats::Record,
-    published: Instant,
-    busy_from: Instant,
-    polls_since: u32,
-}
-
-impl Default for Meter {
-    fn default() -> Self {
-        let now = Instant::now();
-        Meter { record: stats::Record::default(), published: now, busy_from: now, polls_since: 0 }
-    }
-}
-
-impl Meter {
-    fn poll(&mut self, done: usize) {
-        self.record[0] += 1;
-        self.record[1] += done as u64;
-        self.polls_since += 1;
-    }
-
-    /// Sleeping is not busy.
-    fn wake(&mut self) {
-        self.busy_from = Instant::now();
-    }
-
-    /// Alive, though somebody else serves.
-    fn beat(&mut self, settings: &Settings) {
-        self.wake();
-        self.published = self.busy_from;
-        self.write(settings);
-    }
-
-    fn publish(&mut self, settings: &Settings, channels: usize, every: Duration) {
-        // The clock is read every 64th poll only.
-        if !every.is_zero() && self.polls_since < 64 {
-            return;
-        }
-        self.polls_since = 0;
-        let now = Instant::now();
-        if now - self.published < every {
-            return;
-        }
-        self.published = now;
-        self.record[2] += (now - self.busy_from).as_nanos() as u64;
-        self.busy_from = now;
-        self.record[4] = channels as u64;
-        self.write(settings);
-    }
-
-    fn write(&mut self, settings: &Settings) {
-        if let Some((page, index)) = &settings.stats {
-            self.record[3] = stats::monotonic_ns();
-            page.write(*index, &self.record);
-        }
     }
 }

@@ -300,7 +300,9 @@ fn tell<'py>(py: Python<'py>, news: News) -> PyResult<Bound<'py, PyTuple>> {
             ("took", first_poll_ns, more).into_pyobject(py)
         }
         News::Yielded { last_poll_ns } => ("yielded", last_poll_ns, py.None()).into_pyobject(py),
-        News::Refused(Refusal { code, text }) => ("refused", 0, (code, text)).into_pyobject(py),
+        News::Refused { why: Refusal { code, text }, held } => {
+            ("refused", u64::from(held), (code, text)).into_pyobject(py)
+        }
         News::Ended(text) => ("ended", 0, text).into_pyobject(py),
     }
 }
