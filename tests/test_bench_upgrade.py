@@ -7,7 +7,7 @@ import os
 import pytest
 
 from snap.cli.bench import upgrade
-from snap.cli.bench.upgrade_report import percentile
+from snap.cli.bench.upgrade_report import percentile, targets
 
 pytestmark = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="a spinning client and an engine need two processors"
@@ -31,6 +31,32 @@ def test_a_migration_says_what_it_converted_in_the_blackout() -> None:
 
 def test_stopping_and_restoring_interrupts_the_client_and_leaves_no_file() -> None:
     assert upgrade._usual(SMALL) > 0
+
+
+def test_a_part_that_fails_is_told_and_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise TimeoutError("the module is not ready")
+
+    for part in ("_flips", "_migrations"):
+        monkeypatch.setattr(upgrade, part, fail)
+    monkeypatch.setattr(
+        upgrade, "_crashes", lambda standby, times: [4000.0 if standby else 300_000.0] * times
+    )
+    told: list[str] = []
+    results = upgrade.measure(quick=True, say=told.append)
+    assert len(results.failures) == len(upgrade.SMALL) + len(upgrade.SMALL_MOVES)
+    assert all("the module is not ready" in failure for failure in results.failures)
+    # A target is reached by what was measured, and by nothing else.
+    assert [target.met for target in targets(results) if target.met is not None] == [True]
+
+
+def test_migrations_are_compared_at_as_many_rows_written() -> None:
+    small, other, large = (
+        upgrade.Migrations(entries, busy, blackouts=[blackout])
+        for entries, busy, blackout in ((1000, 100, 50.0), (100_000, 10_000, 900.0), (100_000, 100, 150.0))
+    )
+    results = upgrade.Results(migrations=[small, other, large])
+    assert next(target for target in targets(results) if "migration" in target.what).reached == 3.0
 
 
 @pytest.mark.parametrize(("part", "value"), [(0.0, 1.0), (0.5, 3.0), (0.99, 4.0)])

@@ -108,27 +108,34 @@ SMALL_MOVES: Final = ((10_000, 0), (10_000, 1000))
 
 
 def measure(quick: bool, say: Say, times: int = FLIPS) -> Results:
-    """`times`: upgrades at each size. Takes ten minutes, or about one if `quick`. Raises SnapError."""
+    """`times`: upgrades at each size. Takes about ten minutes, or about one if `quick`."""
     sizes, moves = (SMALL, SMALL_MOVES) if quick else (SIZES, MOVES)
     times = min(times, 3) if quick else times
     results = Results()
     for size in sizes:
-        say(f"upgrades with {size.label} of state")
-        results.flips.append(_flips(size, times))
-        say(f"stop, serialise, start, restore with {size.label}")
-        results.flips[-1].usual = [_usual(size) for _ in range(3)]
-    say("migrations")
+        with _part(f"upgrades with {size.label} of state", results, say):
+            results.flips.append(_flips(size, times))
+            say(f"stop, serialise, start, restore with {size.label}")
+            results.flips[-1].usual = [_usual(size) for _ in range(3)]
     for entries, busy in moves:
-        try:
+        with _part(f"migrations of {entries:,} rows while {busy:,} are written", results, say):
             results.migrations.append(_migrations(entries, busy, 2 if quick else 4))
-        except SnapError as error:
-            # What was measured so far took minutes.
-            results.failures.append(f"migration of {entries:,} rows while {busy:,} were written: {error}")
-    say("crashes")
-    results.standby = _crashes(standby=True, times=3 if quick else 15)
-    results.crashes = _crashes(standby=False, times=2 if quick else 5)
-    results.interpreter = [_interpreter() for _ in range(5)]
+    with _part("crashes with a standby", results, say):
+        results.standby = _crashes(standby=True, times=3 if quick else 11)
+    with _part("crashes without a standby", results, say):
+        results.crashes = _crashes(standby=False, times=2 if quick else 5)
+        results.interpreter = [_interpreter() for _ in range(5)]
     return results
+
+
+@contextmanager
+def _part(what: str, results: Results, say: Say) -> Iterator[None]:
+    """When one part fails the others are still worth having: they took minutes."""
+    say(what)
+    try:
+        yield
+    except (SnapError, OSError, subprocess.SubprocessError) as error:
+        results.failures.append(f"{what}: {error}")
 
 
 # -- the parts ------------------------------------------------------------------------------------------------
@@ -144,7 +151,10 @@ class Pinger:
         self._child.stdout.readline()
 
     def finish(self) -> None:
+        """Raises ChildProcessError if the client has failed."""
         out, _ = self._child.communicate(timeout=PATIENCE)
+        if self._child.returncode:
+            raise ChildProcessError("the client has failed")
         told = json.loads(out.splitlines()[-1])
         self._begin, self._rates = told["begin"], told["rates"]
         self._pauses = told["pauses"]

@@ -8,11 +8,15 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from .pinger import PAUSE
 from .report import Target
 from .run import machine
 from .upgrade import Results
+
+SHORTEST: Final = PAUSE / 1e3
+"""µs: clients do not tell of shorter waits."""
 
 
 def percentile(values: Sequence[float], part: float) -> float:
@@ -21,31 +25,44 @@ def percentile(values: Sequence[float], part: float) -> float:
 
 
 def targets(results: Results) -> list[Target]:
+    """What upgrades are meant to reach; nothing is reached by what was not measured."""
     medians = [statistics.median(flips.blackouts) for flips in results.flips]
     worst = [percentile(flips.blackouts, 0.99) for flips in results.flips]
     gaps = [percentile(flips.gaps, 0.99) for flips in results.flips]
     rates = [value for flips in results.flips for value in flips.rates]
+    spread = max(medians) / min(medians) if medians else None
     return [
-        Target("blackout, median, of the size with the longest", max(medians), 200, "µs"),
-        Target("blackout, p99, of the size with the longest", max(worst), 1000, "µs"),
-        Target("largest median blackout of a size, of the smallest", max(medians) / min(medians), 2, "x"),
+        Target("blackout, median, of the size with the longest", max(medians, default=None), 200, "µs"),
+        Target("blackout, p99, of the size with the longest", max(worst, default=None), 1000, "µs"),
+        Target("largest median blackout of a size, of the smallest", spread, 2, "x"),
         Target(
-            "client's longest wait in an upgrade, p99, of the size with the longest", max(gaps), 2000, "µs"
-        ),
-        Target(
-            "client's longest wait in a crash with standby, median",
-            statistics.median(results.standby),
-            5000,
+            "client's wait in an upgrade, p99, of the size with the longest",
+            max(gaps, default=None),
+            2000,
             "µs",
         ),
+        Target("client's wait in a crash with standby, median", _median(results.standby), 5000, "µs"),
         Target(
-            "old generation's rate in a brownout, of its rate before",
-            statistics.median(rates),
-            0.9,
+            "migration's blackout, of that with as much written in the smallest table",
+            _growth(results),
+            2,
             "x",
-            True,
         ),
+        Target("old generation's rate in a brownout, of its rate before", _median(rates), 0.9, "x", True),
     ]
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _growth(results: Results) -> float | None:
+    """How much longer a migration's blackout is in the largest table than in the smallest, at as many rows written."""
+    for small in sorted(results.migrations, key=lambda each: each.entries):
+        for large in sorted(results.migrations, key=lambda each: -each.entries):
+            if large.busy == small.busy and large.entries > small.entries:
+                return statistics.median(large.blackouts) / statistics.median(small.blackouts)
+    return None
 
 
 def document(results: Results) -> dict[str, Any]:
@@ -97,7 +114,7 @@ def draw(results: Results) -> None:
         *("stop and restore", "ratio"),
     )
     for flips in results.flips:
-        usual = statistics.median(flips.usual)
+        usual = _median(flips.usual)
         sizes.add_row(
             flips.size.label,
             str(len(flips.blackouts)),
@@ -106,8 +123,8 @@ def draw(results: Results) -> None:
             *two(flips.before),
             f"{statistics.median(flips.brownouts):.2f}",
             f"{statistics.median(flips.rates):.2f}x" if flips.rates else "",
-            f"{usual:,.0f}",
-            f"{usual / statistics.median(flips.gaps):,.0f}x",
+            f"{usual:,.0f}" if usual else "",
+            f"{usual / max(statistics.median(flips.gaps), SHORTEST):,.0f}x" if usual else "",
         )
     console.print(sizes)
     moves = table(
@@ -158,15 +175,16 @@ def plot(results: Results, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot  # type: ignore[import-not-found,unused-ignore]
 
-    sizes = [max(1, flips.size.bytes) for flips in results.flips]
-    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    flips_by_size = sorted(results.flips, key=lambda flips: flips.size.bytes)
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for label, marker, values in (
-        ("stop, serialise, start, restore", "s-", [statistics.median(f.usual) for f in results.flips]),
-        ("snapctl upgrade, client", "o-", [statistics.median(f.gaps) for f in results.flips]),
-        ("snapctl upgrade, engine", "^--", [statistics.median(f.blackouts) for f in results.flips]),
+    for label, marker, name in (
+        ("stop, serialise, start, restore", "s-", "usual"),
+        ("snapctl upgrade, client", "o-", "gaps"),
+        ("snapctl upgrade, engine", "^--", "blackouts"),
     ):
-        axes.loglog([sizes[i] for i in order], [values[i] / 1e3 for i in order], marker, label=label)
+        points = [(flips.size.bytes, _median(getattr(flips, name))) for flips in flips_by_size]
+        known = [(size, value / 1e3) for size, value in points if value]
+        axes.loglog([size for size, _ in known], [value for _, value in known], marker, label=label)
     axes.set_xlabel("state, bytes")
     axes.set_ylabel("nobody serves, ms (median)")
     axes.grid(True, which="both", alpha=0.3)

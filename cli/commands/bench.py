@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Final
@@ -70,6 +71,8 @@ def upgrade(settings: Settings, quick: bool, plot: Path | None, flips: int) -> N
     from ..bench import upgrade_report as report
     from ..output import print_json
 
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise click.UsageError("--plot needs matplotlib: pip install matplotlib")
     results = measuring.measure(quick, _progress, flips)
     if plot is not None:
         report.plot(results, plot)
