@@ -405,6 +405,29 @@ def test_a_damaged_state_is_refused_by_its_checksums(ground: Ground, kernels: An
         pair.client.send(b"still there", timeout=0)
 
 
+def test_damage_that_a_poll_meets_is_refused_and_nobody_else_takes_it(
+    ground: Ground, kernels: Any, tmp_path: Path
+) -> None:
+    path = package(tmp_path, "count", COUNTING)
+    with ChannelPair(id=1) as pair:
+        first, second = kernels(path), kernels(path)
+        attach(first, pair)
+        first.prepared()
+        took(first)
+        second.prepared()
+        pair.client.send(b"mark-in-table", timeout=LIMIT)
+        assert pair.client.recv(timeout=LIMIT) == b"mark-in-table 1 1"
+        fd = ground.fds["state"]
+        row = os.pread(fd, os.fstat(fd).st_size, 0).index(b"mark-in-table") + 16
+        os.pwrite(fd, b"\x07", row)
+        pair.client.send(b"mark-in-table", timeout=LIMIT)
+        refused = last(first, Refused)
+        assert refused.code == "state_damaged" and refused.held
+        assert ground.semaphore.value == 0
+        first.process.kill()
+        took(second)
+
+
 def test_an_author_whose_migration_raises_is_told_what(ground: Ground, kernels: Any, tmp_path: Path) -> None:
     old = package(tmp_path, "count", COUNTING)
     (tmp_path / "new").mkdir()
