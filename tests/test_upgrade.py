@@ -500,6 +500,39 @@ def test_a_standby_takes_over_the_moment_that_its_module_dies(tmp_path: Path) ->
     run(test())
 
 
+@pytest.mark.parametrize("standby", ["", "standby = true"], ids=["alone", "with a standby"])
+def test_damage_that_is_met_while_serving_costs_the_state_at_once(tmp_path: Path, standby: str) -> None:
+    """Nobody has to die of it first, nor does the standby go on with it."""
+    write_sum(tmp_path / "modules", "one", module=standby)
+
+    async def test() -> None:
+        async with running(tmp_path, start=["sums"]) as rig, await aconnect(rig.directory) as client:
+            runner = rig.kernel.runner("sums")
+            channel = await client.aopen("sums")
+            await channel.asend(b"more")
+            assert await channel.arecv(timeout=10) == b"1 one"
+            if standby:
+                await rig.until(lambda: runner.standby is not None and runner.standby.ready)
+            before = runner.standby or runner.current
+            fd = runner.states.seats["main"].segment.fd
+            row = os.pread(fd, os.fstat(fd).st_size, 0).index(b"key\0\0\0\0\0") + 8
+            os.pwrite(fd, b"\x07", row)
+            await channel.asend(b"more")
+            with pytest.raises(StateLostError):
+                await channel.arecv(timeout=20)
+            assert "sums" in rig.event("state.poisoned").data["reason"]
+            channel = await channel.areopen()
+            await channel.asend(b"more")
+            assert await channel.arecv(timeout=10) == b"1 one"
+            assert runner.current is not None and before is not None
+            assert runner.current.generation == before.generation + 1
+            kinds = [event.kind for event in rig.kernel.events.since(0, 10_000)]
+            assert kinds.count("state.refused") == 1
+            channel.close()
+
+    run(test())
+
+
 def test_state_that_kills_who_adopts_it_is_set_aside_and_its_clients_are_told(tmp_path: Path) -> None:
     write_sum(tmp_path / "modules", "one")
 
