@@ -7,11 +7,9 @@ the provider said so. Each step has a deadline. A channel ends in one place, `_e
 from __future__ import annotations
 
 import asyncio
-import os
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from snap.dataplane import _native
@@ -28,112 +26,21 @@ from snap.dataplane.errors import (
     StateLostError,
     UsageError,
 )
-from snap.ipc import protocol, seqpacket
-from snap.ipc.protocol import ChannelView
-from snap.ipc.segment import Segment
+from snap.ipc import protocol
 
+from . import channels
 from .capability import Capability, CapabilityTable
+from .channels import ATTACHING, OFFERED, OPEN, Channel
 from .events import Events
-from .gatepage import GatePage
 from .incarnation import Incarnation
 from .principals import Principal
 from .runner import Runner
 from .store import Store
 
-DEFAULT_SLOTS: Final = 1024
-DEFAULT_POOL: Final = 4 * 1024 * 1024
 MAP_DEADLINE: Final = 10.0
 ATTACH_DEADLINE: Final = 5.0
 LONGEST_WAIT: Final = 3600.0
-_PAGE: Final = 4096
-_SLOTS: Final = (64, 65536)
 _USABLE: Final = frozenset({"send", "recv"})
-
-_RECORDED: Final = (
-    *("id", "generation", "service", "engine", "rights", "slots", "up_bytes", "down_bytes", "backend"),
-    *("line", "cap", "state", "seq", "answered", "since"),
-)
-
-OFFERED: Final = "offered"
-ATTACHING: Final = "attaching"
-OPEN: Final = "open"
-
-
-@dataclass(eq=False)
-class Channel:
-    id: int
-    generation: int
-    service: str
-    engine: str
-    provider: Runner
-    client: Principal
-    rights: list[str]
-    slots: int
-    up_bytes: int
-    down_bytes: int
-    backend: str
-    control: _native.ChannelControl
-    gate: GatePage
-    line: int
-    segments: list[Segment]
-    bells: tuple[int, ...]
-    cap: int = 0
-    state: str = OFFERED
-    seq: int = 0
-    answered: bool = False
-    since: float = field(default_factory=time.time)
-    timer: asyncio.TimerHandle | None = None
-    adopted: bool = False
-
-    @property
-    def bytes(self) -> int:
-        return _native.ring_bytes(self.slots) + self.up_bytes + self.down_bytes
-
-    @property
-    def fds(self) -> list[int]:
-        return [*(segment.fd for segment in self.segments), *self.bells]
-
-    def close_fds(self) -> None:
-        for segment in self.segments:
-            segment.close()
-        seqpacket.close_all(self.bells)
-        self.segments, self.bells = [], ()
-
-    def order(self) -> protocol.Attach:
-        """What a process of the provider is told, with `fds`."""
-        return protocol.Attach(
-            seq=self.id,
-            channel=self.id,
-            generation=self.generation,
-            service=self.service,
-            engine=self.engine,
-            badge=self.client.badge,
-            rights=self.rights,
-            slots=self.slots,
-            up_bytes=self.up_bytes,
-            down_bytes=self.down_bytes,
-            gate_index=self.line,
-        )
-
-    def view(self) -> ChannelView:
-        up, down = self.control.depth()
-        memfd = self.backend == "memfd"
-        return ChannelView(
-            id=self.id,
-            service=self.service,
-            module=self.provider.name,
-            client=self.client.id,
-            state=self.control.state if self.state == OPEN else self.state,
-            generation=self.generation,
-            cap=self.cap,
-            slots=self.slots,
-            up_bytes=self.up_bytes,
-            down_bytes=self.down_bytes,
-            depth_up=up,
-            depth_down=down,
-            since=self.since,
-            read_only=f"up: {'sealed' if memfd else 'advisory (same uid)'}; down: advisory (same uid)",
-        )
 
 
 @dataclass(eq=False)
@@ -228,25 +135,12 @@ class Broker:
             self._end(channel, "closed", "no capability could be made for it", quiet=True)
             raise
         channel.cap = granted.id
-        channel.timer = self._loop.call_later(
-            MAP_DEADLINE, self._late, channel, "was not mapped by its opener"
-        )
-        self._store.put(f"channel.{channel.id}", channel.fds)
+        self._set_timer(channel, MAP_DEADLINE, "was not mapped by its opener")
+        self._store.put(channels.label(channel.id), channel.body.fds)
         self._events.emit(
             "channel.offered", f"channel:{channel.id}", service=channel.service, client=principal.id
         )
-        answer = protocol.Opened(
-            seq=request.seq,
-            channel=channel.id,
-            generation=channel.generation,
-            slots=channel.slots,
-            up_bytes=channel.up_bytes,
-            down_bytes=channel.down_bytes,
-            rights=channel.rights,
-            backend=channel.backend,
-            seal_up=channel.backend == "memfd",
-        )
-        principal.send(answer, channel.fds)
+        principal.send(channel.offer(request.seq), channel.body.fds)
 
     def _make(self, principal: Principal, request: protocol.Open, cap: Capability, runner: Runner) -> Channel:
         """Raises SnapError; whatever was made by then is given back."""
@@ -255,37 +149,20 @@ class Broker:
             raise DeniedError(
                 f"{cap.object}: neither send nor recv is allowed", "a channel needs one of them"
             )
-        slots, up, down = _geometry(request)
+        slots, up, down = channels.geometry(request)
         need = _native.ring_bytes(slots) + up + down
         principal.reserve(need)
-        segments: list[Segment] = []
-        bells: list[int] = []
-        gate, line = runner.gate, -1
         try:
-            line = gate.take()
-            for size in (_native.ring_bytes(slots), up, down):
-                segments.append(Segment.create(size, self._backend))
-            for _ in range(2):
-                bells.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-            control = _native.ChannelControl(segments[0].fd, slots, (bells[0], bells[1]))
-            self._last_id += 1
-            generation = self._last_id & 0xFFFFFFFF
-            control.init(self._last_id, generation)
-        except (SnapError, OSError) as error:
+            body = channels.Body.make(self._last_id + 1, slots, (up, down), self._backend, runner.gate)
+        except SnapError as error:
             principal.bytes -= need
-            if line >= 0:
-                gate.give_back(line)
-            for segment in segments:
-                segment.close()
-            seqpacket.close_all(bells)
-            if not isinstance(error, SnapError):
-                error = ResourceError(f"cannot make a channel: {error.strerror}", "close channels")
             if isinstance(error, ResourceError):
                 self._events.emit("resources.exhausted", principal.id, error=error.message)
-            raise error from None
+            raise
+        self._last_id += 1
         return Channel(
             id=self._last_id,
-            generation=generation,
+            generation=channels.generation(self._last_id),
             service=service,
             engine=runner.found.manifest.provides[service].engine,
             provider=runner,
@@ -295,11 +172,7 @@ class Broker:
             up_bytes=up,
             down_bytes=down,
             backend=self._backend,
-            control=control,
-            gate=gate,
-            line=line,
-            segments=segments,
-            bells=(bells[0], bells[1]),
+            body=body,
         )
 
     def mapped(self, principal: Principal, request: protocol.Mapped) -> None:
@@ -313,22 +186,22 @@ class Broker:
             return
         if channel.state != OFFERED:
             raise UsageError(f"channel {channel.id} is {channel.state} already")
-        if channel.backend == "memfd" and "future_write" not in channel.segments[1].seals():
+        if channel.backend == "memfd" and not channel.body.sealed:
             self.close(channel, "its opener did not seal the up pool")
             raise ProtocolError(
                 f"channel {channel.id}: the up pool is not sealed",
                 "map it, add F_SEAL_FUTURE_WRITE, then say Mapped",
             )
         channel.state, channel.seq = ATTACHING, request.seq
-        channel.gate.open(channel.line, channel.generation)
+        channel.body.open(channel.generation)
         self._set_timer(channel, ATTACH_DEADLINE, "was not attached by its module")
-        channel.provider.send(channel.order(), channel.fds)
+        channel.provider.send(channel.order(), channel.body.fds)
 
     def attach(self, runner: Runner, incarnation: Incarnation) -> None:
         """A process of the provider has loaded: it may come to serve every channel that there is."""
         for channel in self.channels.values():
             if channel.provider is runner and channel.state != OFFERED:
-                incarnation.send(channel.order(), channel.fds)
+                incarnation.send(channel.order(), channel.body.fds)
 
     def news(self, runner: Runner, incarnation: Incarnation, message: Any) -> None:
         """What a module says of the channels that it serves; of others it has nothing to say."""
@@ -349,9 +222,7 @@ class Broker:
             self._end(channel, "faulted", f"its module refused it: {message.message[:500]}")
 
     def _attached(self, channel: Channel) -> None:
-        if channel.timer is not None:
-            channel.timer.cancel()
-            channel.timer = None
+        channel.set_timer(None)
         channel.state = OPEN
         self._events.emit(
             "channel.open", f"channel:{channel.id}", service=channel.service, client=channel.client.id
@@ -363,15 +234,15 @@ class Broker:
     def longest_wait(self, runner: Runner) -> int:
         """ns that a client of `runner` waited for a message at the longest, since `clear_waits`; 0: none did
         for long."""
-        return max((channel.control.longest_wait() for channel in self._of(runner)), default=0)
+        return max((channel.body.control.longest_wait() for channel in self._of(runner)), default=0)
 
     def unanswered(self, runner: Runner) -> int:
         """Messages of clients that `runner` has not taken, as the indices claim."""
-        return sum(max(0, channel.control.depth()[0]) for channel in self._of(runner))
+        return sum(max(0, channel.body.control.depth()[0]) for channel in self._of(runner))
 
     def clear_waits(self, runner: Runner) -> None:
         for channel in self._of(runner):
-            channel.control.clear_longest_wait()
+            channel.body.control.clear_longest_wait()
 
     def _of(self, runner: Runner) -> list[Channel]:
         return [channel for channel in self.channels.values() if channel.provider is runner]
@@ -381,14 +252,7 @@ class Broker:
     def record(self) -> dict[str, Any]:
         return {
             "last": self._last_id,
-            "channels": [
-                [
-                    *(getattr(channel, name) for name in _RECORDED),
-                    channel.provider.name,
-                    channel.client.id,
-                ]
-                for channel in self.channels.values()
-            ],
+            "channels": [channel.record() for channel in self.channels.values()],
         }
 
     def restore(
@@ -401,42 +265,23 @@ class Broker:
         """Go on with the channels of an earlier kernel. Raises KeyError for what is not there, and SnapError."""
         self._last_id = record["last"]
         for row in record["channels"]:
-            values = dict(zip((*_RECORDED, "provider", "client"), row, strict=True))
-            runner, client = runners[values.pop("provider")], principals.get(values.pop("client"))
-            ring, up, down, *bells = take(f"channel.{values['id']}")
-            sizes = (_native.ring_bytes(values["slots"]), values["up_bytes"], values["down_bytes"])
-            segments = [Segment.adopt(fd, size) for fd, size in zip((ring, up, down), sizes, strict=True)]
-            control = _native.ChannelControl(ring, values["slots"], (bells[0], bells[1]))
-            runner.gate.hold(values["line"])
-            if client is None:
-                control.set_state("gone", "its client went while no kernel ran")
-                control.close()
-                runner.gate.give_back(values["line"])
-                seqpacket.close_all([ring, up, down, *bells])
-                self._store.remove(f"channel.{values['id']}")
+            number, channel = channels.restored(row, take, runners, principals)
+            if channel is None:
+                self._store.remove(channels.label(number))
                 continue
-            channel = Channel(
-                **values,
-                provider=runner,
-                client=client,
-                control=control,
-                gate=runner.gate,
-                segments=segments,
-                bells=tuple(bells),
-                adopted=True,
-            )
             self.channels[channel.id] = channel
             channel.client.channels.add(channel.id)
             channel.client.bytes += channel.bytes
-            if control.state != "open":
-                self._end(channel, control.state, "it ended as the kernel did")
+            state = channel.body.control.state
+            if state != "open":
+                self._end(channel, state, "it ended as the kernel did")
             elif channel.state != OPEN:
                 self._set_timer(channel, MAP_DEADLINE, "was not set up")
 
     def fds_of(self, message: Any) -> list[int]:
         """What goes with an answer of an earlier kernel."""
         number = message.channel if isinstance(message, protocol.Opened) else 0
-        return self.channels[number].fds if number in self.channels else []
+        return self.channels[number].body.fds if number in self.channels else []
 
     def held(self, runner: Runner, incarnation: Incarnation, channels: dict[int, int]) -> None:
         """A process of an earlier kernel says which channels it has: give it what it lacks, take what is no more."""
@@ -446,7 +291,7 @@ class Broker:
                 continue
             if generation is None:
                 if incarnation.schemas is not None:
-                    incarnation.send(channel.order(), channel.fds)
+                    incarnation.send(channel.order(), channel.body.fds)
             elif generation != channel.generation:
                 reason = f"it holds channel {channel.id} as generation {generation}"
                 runner.misbehaved(incarnation, reason)
@@ -496,14 +341,10 @@ class Broker:
     def _end(self, channel: Channel, word: str, reason: str, quiet: bool = False) -> None:
         if self.channels.pop(channel.id, None) is None:
             return
-        if channel.timer is not None:
-            channel.timer.cancel()
+        channel.set_timer(None)
         self._fail(channel, RevokedError.code if word == "revoked" else PeerGoneError.code, reason)
-        channel.gate.give_back(channel.line)
-        channel.control.set_state("gone" if word == "closed" else word, reason[:200])
-        channel.control.close()
-        channel.close_fds()
-        self._store.remove(f"channel.{channel.id}")
+        channel.body.close("gone" if word == "closed" else word, reason)
+        self._store.remove(channels.label(channel.id))
         channel.client.channels.discard(channel.id)
         channel.client.bytes -= channel.bytes
         if channel.state != OFFERED:
@@ -522,35 +363,16 @@ class Broker:
             channel.client.fail(channel.seq, code, message, hint)
 
     def _late(self, channel: Channel, what: str) -> None:
-        channel.timer = None
         self._fail(channel, DeadlineError.code, f"channel {channel.id} {what} in time")
         self._end(channel, "gone", f"it {what} in time")
 
     def _set_timer(self, channel: Channel, delay: float, what: str) -> None:
-        if channel.timer is not None:
-            channel.timer.cancel()
-        channel.timer = self._loop.call_later(delay, self._late, channel, what)
+        channel.set_timer(self._loop.call_later(delay, self._late, channel, what))
 
     def _own(self, principal: Principal, number: int) -> Channel:
         if number not in principal.channels:
             raise NotFoundError(f"{principal.id} has no channel {number}", "it may have ended")
         return self.channels[number]
-
-
-def _geometry(request: protocol.Open) -> tuple[int, int, int]:
-    """Slots and pool sizes in bytes, whole pages. Raises UsageError."""
-    slots = request.slots or DEFAULT_SLOTS
-    least, most = _SLOTS
-    if not least <= slots <= most or slots & (slots - 1):
-        raise UsageError(
-            f"slots is {slots}", f"a power of two from {least} to {most}, or 0 for {DEFAULT_SLOTS}"
-        )
-    sizes = []
-    for name, wish in (("up_bytes", request.up_bytes), ("down_bytes", request.down_bytes)):
-        if not 0 <= wish <= 1 << 40:
-            raise UsageError(f"{name} is {wish}", f"0 (for {DEFAULT_POOL}) to {1 << 40}")
-        sizes.append(-(-(wish or DEFAULT_POOL) // _PAGE) * _PAGE)
-    return slots, sizes[0], sizes[1]
 
 
 def _not_ready(service: str, runner: Runner) -> NotRunningError:
