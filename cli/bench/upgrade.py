@@ -58,7 +58,7 @@ SMALL: Final = (SIZES[0], SIZES[1], Size("10 k entries", 10_000, 0))
 @dataclass
 class Flips:
     """Upgrades at one size: blackouts as the engine measured them, the client's longest pause in each and its longest
-    in as much time before, all in µs; the old generation's rate in the brownouts as a part of its rate before them."""
+    in as much time before, all in µs; completions a second in the brownouts, and just before them."""
 
     size: Size
     blackouts: list[float] = field(default_factory=list)
@@ -66,7 +66,13 @@ class Flips:
     before: list[float] = field(default_factory=list)
     brownouts: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
+    rates_before: list[float] = field(default_factory=list)
     usual: list[float] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """The old generation's rate in a brownout as a part of its rate before."""
+        return statistics.median(self.rates) / statistics.median(self.rates_before)
 
 
 @dataclass
@@ -104,7 +110,7 @@ MOVES: Final = (
 )
 """Rows of a table that is migrated, and those of them that the client writes."""
 
-SMALL_MOVES: Final = ((10_000, 0), (10_000, 1000))
+SMALL_MOVES: Final = ((10_000, 0), (10_000, 1000), (2000, 1000))
 
 
 def measure(quick: bool, say: Say, times: int = FLIPS) -> Results:
@@ -211,9 +217,8 @@ def _flips(size: Size, times: int) -> Flips:
         for begin, flip, end in spans:
             flips.gaps.append(pinger.longest(flip, end))
             flips.before.append(pinger.longest(begin - (end - flip), begin))
-            before = pinger.rate(begin - int(SETTLE * 0.75e9), begin)
-            if before:
-                flips.rates.append(pinger.rate(begin, flip) / before)
+            flips.rates.append(pinger.rate(begin, flip))
+            flips.rates_before.append(pinger.rate(begin - int(SETTLE * 0.75e9), begin))
     return flips
 
 
