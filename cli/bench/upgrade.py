@@ -114,7 +114,7 @@ SMALL_MOVES: Final = ((10_000, 0), (10_000, 1000), (2000, 1000))
 
 
 def measure(quick: bool, say: Say, times: int = FLIPS) -> Results:
-    """`times`: upgrades at each size. Takes about ten minutes, or about one if `quick`."""
+    """`times`: upgrades at each size. Takes about twelve minutes, or about one if `quick`."""
     sizes, moves = (SMALL, SMALL_MOVES) if quick else (SIZES, MOVES)
     times = min(times, 3) if quick else times
     results = Results()

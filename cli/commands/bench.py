@@ -65,7 +65,7 @@ def upgrade(settings: Settings, quick: bool, plot: Path | None, flips: int) -> N
     """How long nobody serves in an upgrade, and how long a client waits, beside stop, serialise, start, restore.
 
     Starts a kernel of its own, with a client that writes rows at full rate: 30 upgrades each at 1 KiB, 1 MiB,
-    1 GiB and a million rows of state, schema migrations, crashes with and without a standby. About ten minutes.
+    1 GiB and a million rows of state, schema migrations, crashes with and without a standby. About twelve minutes.
     """
     from ..bench import upgrade as measuring
     from ..bench import upgrade_report as report
