@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -21,14 +20,13 @@ from snap.dataplane.errors import BusyError, DeadlineError, ProtocolError, Resou
 from snap.ipc import paths, protocol
 from snap.ipc.protocol import EventView, Request, Response
 
+from .answers import Answers, Ticket
 from .events import Events
 from .operators import Operators
 from .policy import Identity
 from .record import Outbox
 
 IN_FLIGHT: Final = 256
-KEY: Final = 128
-ANSWERS: Final = 1024
 LONGEST: Final = 3600.0
 LINGER_MS: Final = 300
 _PEER: Final = re.compile(r"[^:]*:(\d+):(\d+):(\d+)")
@@ -38,12 +36,14 @@ _DECODER: Final[protocol.Decoder[Request]] = protocol.Decoder(Request)
 class Control:
     """Serves `control.sock` and `events.sock` in `directory` until `close`."""
 
-    def __init__(self, directory: Path, operators: Operators, events: Events, outbox: Outbox) -> None:
+    def __init__(
+        self, directory: Path, operators: Operators, answers: Answers, events: Events, outbox: Outbox
+    ) -> None:
         """Nothing leaves before `outbox` has recorded what it tells of. Raises ResourceError when a socket
         cannot be bound."""
-        self._operators, self._events, self._outbox = operators, events, outbox
+        self._operators, self._answers = operators, answers
+        self._events, self._outbox = events, outbox
         self._unsent: list[EventView] = []
-        self._answers: OrderedDict[tuple[int, str], asyncio.Future[bytes]] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._paths = [directory / paths.CONTROL, directory / paths.EVENTS]
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
@@ -116,21 +116,24 @@ class Control:
                 request.key, BusyError(f"{IN_FLIGHT} requests are being answered", "try again soon")
             )
         if who is None or not self._operators.changes(request.op):
-            return await self._perform(who, request)
+            return await self._perform(who, request, Ticket())
         # Two callers with one key share one answer, which outlives either of them.
-        key = (who.uid, request.key[:KEY])
-        known = self._answers.get(key)
-        if known is None:
-            known = self._answers[key] = asyncio.ensure_future(self._perform(who, request))
-            while len(self._answers) > ANSWERS:
-                self._answers.popitem(last=False)
-        return await asyncio.shield(known)
+        ticket = self._answers.ticket(who.uid, request.key)
+        if ticket.answer is not None:
+            return ticket.answer
+        if ticket.answering is None:
+            ticket.answering = asyncio.ensure_future(self._perform(who, request, ticket))
+        return await asyncio.shield(ticket.answering)
 
-    async def _perform(self, who: Identity | None, request: Request) -> bytes:
+    async def _perform(self, who: Identity | None, request: Request, ticket: Ticket) -> bytes:
+        ticket.answer = await self._answer_of(who, request, ticket)
+        return ticket.answer
+
+    async def _answer_of(self, who: Identity | None, request: Request, ticket: Ticket) -> bytes:
         timeout = min(request.timeout, LONGEST) if math.isfinite(request.timeout) else LONGEST
         try:
             async with asyncio.timeout(timeout):
-                result = await self._operators.perform(who, request.op, request.args, timeout)
+                result = await self._operators.perform(who, request.op, request.args, timeout, ticket)
             return protocol.encode(Response(key=request.key, ok=True, result=result), protocol.MAX_CONTROL)
         except TimeoutError as error:
             late = DeadlineError(

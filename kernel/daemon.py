@@ -219,7 +219,7 @@ async def _serve(
         succession = Succession(kernel, VERSION, start.command, start.lock, store)
         try:
             operators = Operators(kernel, succession)
-            control = Control(settings.runtime_dir, operators, kernel.events, kernel.outbox)
+            control = Control(settings.runtime_dir, operators, kernel.answers, kernel.events, kernel.outbox)
             try:
                 if start.heir is not None:
                     start.heir.report(kernel, VERSION)

@@ -21,6 +21,7 @@ from snap.ipc.protocol import KernelView, ModuleView
 from snap.ipc.segment import reclaim
 
 from . import bootstrap, graph, operations, packages, supervision, views
+from .answers import Answers
 from .audit import AuditLog, AuditRecord
 from .broker import Broker
 from .capability import CapabilityTable
@@ -96,6 +97,7 @@ class Kernel:
         self.semaphores = Semaphores(directory / paths.SEMAPHORES)
         self.plan = self._load_modules()
         self.upgrades = Upgrades(self)
+        self.answers = Answers()
         self._bootstrap = bootstrap.Bootstrap(
             listener, self.desk, self.audit, self.events, self.store, self.outbox
         )
@@ -229,6 +231,7 @@ class Kernel:
             ],
             applications=self._bootstrap.record,
             upgrades=self.upgrades.record,
+            answers=self.answers.record,
         )
         self.store.put(LISTENER, [listener.fileno()])
         self.outbox.commit = self._commit
@@ -278,6 +281,7 @@ class Kernel:
         for runner, incarnation in processes:
             by_name[runner.name][incarnation.generation] = incarnation
         self.upgrades.restore(data["upgrades"], by_name)
+        self.answers.restore(data.get("answers", []))
         for runner, incarnation in processes:
             runner.heritage.settle(incarnation, self.broker.fds_of)
         self._bootstrap.announce(self.broker.fds_of)

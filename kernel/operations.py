@@ -41,16 +41,14 @@ class Operations:
         current = self._current
         if current is None or current.kind != kind:
             current = self._begin(kind, begin)
-        if not wait:
-            return
-        try:
-            async with asyncio.timeout(within):
-                await asyncio.shield(current.done)
-        except TimeoutError as error:
-            raise DeadlineError(
-                f"{kind} of module {self._name!r} is not done after {within:g} s",
-                "it goes on: see `snapctl module show`",
-            ) from error
+        if wait:
+            await self._wait(current, within)
+
+    async def resume(self, kind: str, within: float, wait: bool) -> None:
+        """`run` what an earlier kernel began."""
+        if self._current is not None and self._current.kind != kind:
+            raise self._replaced(kind, self._current.kind)
+        await self.run(kind, lambda: None, within, wait)
 
     def settle(self) -> None:
         current = self._current
@@ -72,12 +70,25 @@ class Operations:
 
     def _begin(self, kind: str, begin: Callable[[], None]) -> _Operation:
         if self._current is not None:
-            self._end(BusyError(f"{self._current.kind} of module {self._name!r} was replaced by a {kind}"))
+            self._end(self._replaced(self._current.kind, kind))
         current = self._current = _Operation(kind, asyncio.get_running_loop().create_future())
         current.done.add_done_callback(lambda done: done.exception())  # nobody has to wait for it
         begin()
         self.settle()  # there may have been nothing to do
         return current
+
+    async def _wait(self, current: _Operation, within: float) -> None:
+        try:
+            async with asyncio.timeout(within):
+                await asyncio.shield(current.done)
+        except TimeoutError as error:
+            raise DeadlineError(
+                f"{current.kind} of module {self._name!r} is not done after {within:g} s",
+                "it goes on: see `snapctl module show`",
+            ) from error
+
+    def _replaced(self, kind: str, other: str) -> BusyError:
+        return BusyError(f"{kind} of module {self._name!r} was replaced by a {other}")
 
     def _end(self, error: Exception | None) -> None:
         assert self._current is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -13,6 +14,7 @@ from snap.dataplane.errors import DeniedError, NotFoundError, UsageError
 from snap.ipc.protocol import CapView, ChannelView, EventView, KernelView, ModuleView, UpgradeView
 
 from . import operations, policy
+from .answers import Ticket
 from .audit import AuditRecord
 from .desk import unix_time
 from .kernel import Kernel
@@ -89,10 +91,19 @@ class History(Args, frozen=True):
 
 
 @dataclass(frozen=True)
+class Call:
+    """`who` asks and waits `within` seconds; `ticket` tells what was begun for the same request already."""
+
+    who: Identity
+    within: float
+    ticket: Ticket
+
+
+@dataclass(frozen=True)
 class _Operation:
     right: str
     args: type[Args]
-    run: Callable[[Identity, Any, float], Awaitable[Any]]
+    run: Callable[[Call, Any], Awaitable[Any]]
 
 
 class Operators:
@@ -131,7 +142,9 @@ class Operators:
         operation = self._operations.get(op)
         return operation is not None and operation.right == "operate"
 
-    async def perform(self, who: Identity | None, op: str, args: dict[str, Any], within: float) -> Any:
+    async def perform(
+        self, who: Identity | None, op: str, args: dict[str, Any], within: float, ticket: Ticket | None = None
+    ) -> Any:
         """Raises SnapError: DeniedError, UsageError, and what the operation itself raises."""
         operation = self._operations.get(op)
         if operation is None:
@@ -145,7 +158,7 @@ class Operators:
             typed = msgspec.convert(args, operation.args)
         except msgspec.ValidationError as error:
             raise UsageError(f"{op}: {error}") from error
-        return await operation.run(who, typed, within)
+        return await operation.run(Call(who, within, ticket or Ticket()), typed)
 
     def _authorize(self, who: Identity, op: str, right: str) -> None:
         decision = self._kernel.policy.decide_operator(who, self._kernel.uid)
@@ -171,80 +184,88 @@ class Operators:
 
     # -- kernel -----------------------------------------------------------------------------------------------
 
-    async def _status(self, who: Identity, args: Args, within: float) -> KernelView:
+    async def _status(self, call: Call, args: Args) -> KernelView:
         return self._kernel.view()
 
-    async def _stop(self, who: Identity, args: Args, within: float) -> dict[str, Any]:
+    async def _stop(self, call: Call, args: Args) -> dict[str, Any]:
         # Not before this answer is on its way.
         asyncio.get_running_loop().call_later(0.05, self._kernel.stopping.set)
         return {}
 
-    async def _upgrade_kernel(self, who: Identity, args: Source, within: float) -> UpgradeView:
+    async def _upgrade_kernel(self, call: Call, args: Source) -> UpgradeView:
         if self._succession is None:
             raise UsageError("this kernel cannot be upgraded", "it is not run by `snap-kernel`")
         return self._succession.begin(args.source)
 
     # -- modules ----------------------------------------------------------------------------------------------
 
-    async def _modules(self, who: Identity, args: Args, within: float) -> list[ModuleView]:
+    async def _modules(self, call: Call, args: Args) -> list[ModuleView]:
         return self._kernel.module_views()
 
-    async def _module(self, who: Identity, args: Name, within: float) -> ModuleView:
+    async def _module(self, call: Call, args: Name) -> ModuleView:
         return self._kernel.module_view(args.name)
 
-    async def _start_module(self, who: Identity, args: Change, within: float) -> ModuleView:
-        return await self._change(operations.START, args, within, lambda: self._kernel.start(args.name))
+    async def _start_module(self, call: Call, args: Change) -> ModuleView:
+        return await self._change(operations.START, args, call, lambda: self._kernel.start(args.name))
 
-    async def _stop_module(self, who: Identity, args: Change, within: float) -> ModuleView:
-        return await self._change(operations.STOP, args, within, self._kernel.runner(args.name).stop)
+    async def _stop_module(self, call: Call, args: Change) -> ModuleView:
+        return await self._change(operations.STOP, args, call, self._kernel.runner(args.name).stop)
 
-    async def _restart_module(self, who: Identity, args: Change, within: float) -> ModuleView:
-        return await self._change(operations.RESTART, args, within, self._kernel.runner(args.name).restart)
+    async def _restart_module(self, call: Call, args: Change) -> ModuleView:
+        return await self._change(operations.RESTART, args, call, self._kernel.runner(args.name).restart)
 
-    async def _change(self, kind: str, args: Change, within: float, begin: Callable[[], None]) -> ModuleView:
+    async def _change(self, kind: str, args: Change, call: Call, begin: Callable[[], None]) -> ModuleView:
         runner = self._kernel.runner(args.name)
-        self._kernel.upgrades.interrupt(runner, kind)
-        await runner.operations.run(kind, begin, within, args.wait)
+        if call.ticket.begun is None:
+            self._kernel.upgrades.interrupt(runner, kind)
+            call.ticket.begun = 0
+            await runner.operations.run(kind, begin, call.within, args.wait)
+        else:
+            await runner.operations.resume(kind, call.within, args.wait)
         return self._kernel.runner_view(runner)
 
-    async def _upgrade(self, who: Identity, args: Upgrade, within: float) -> UpgradeView:
-        upgrades = self._kernel.upgrades
-        number = upgrades.begin(args.name, args.source, args.bake, args.rollback)
-        return await upgrades.result(number, within) if args.wait else upgrades.view(number)
+    async def _upgrade(self, call: Call, args: Upgrade) -> UpgradeView:
+        begin = partial(self._kernel.upgrades.begin, args.name, args.source, args.bake, args.rollback)
+        return await self._follow(call, begin, args.wait)
 
-    async def _rollback(self, who: Identity, args: Change, within: float) -> UpgradeView:
-        upgrades = self._kernel.upgrades
-        number = upgrades.roll_back(args.name)
-        return await upgrades.result(number, within) if args.wait else upgrades.view(number)
+    async def _rollback(self, call: Call, args: Change) -> UpgradeView:
+        return await self._follow(call, partial(self._kernel.upgrades.roll_back, args.name), args.wait)
 
-    async def _upgrade_show(self, who: Identity, args: Cap, within: float) -> UpgradeView:
+    async def _follow(self, call: Call, begin: Callable[[], int], wait: bool) -> UpgradeView:
+        upgrades = self._kernel.upgrades
+        if call.ticket.begun is None:
+            call.ticket.begun = begin()
+        number = call.ticket.begun
+        return await upgrades.result(number, call.within) if wait else upgrades.view(number)
+
+    async def _upgrade_show(self, call: Call, args: Cap) -> UpgradeView:
         return self._kernel.upgrades.view(args.id)
 
-    async def _upgrade_history(self, who: Identity, args: History, within: float) -> list[UpgradeView]:
+    async def _upgrade_history(self, call: Call, args: History) -> list[UpgradeView]:
         return self._kernel.upgrades.views(args.name)
 
-    async def _logs(self, who: Identity, args: Logs, within: float) -> dict[str, list[str]]:
+    async def _logs(self, call: Call, args: Logs) -> dict[str, list[str]]:
         tail = list(self._kernel.runner(args.name).log.tail)
         return {"lines": tail[-args.lines :] if args.lines > 0 else []}
 
     # -- capabilities and channels ----------------------------------------------------------------------------
 
-    async def _caps(self, who: Identity, args: Owner, within: float) -> list[CapView]:
+    async def _caps(self, call: Call, args: Owner) -> list[CapView]:
         return [unix_time(view) for view in self._kernel.table.views(args.owner)]
 
-    async def _cap(self, who: Identity, args: Cap, within: float) -> dict[str, Any]:
+    async def _cap(self, call: Call, args: Cap) -> dict[str, Any]:
         table = self._kernel.table
         view: dict[str, Any] = msgspec.to_builtins(unix_time(table.inspect(args.id)))
         return {**view, "children": table.children(args.id)}
 
-    async def _why(self, who: Identity, args: Why, within: float) -> dict[str, Any]:
+    async def _why(self, call: Call, args: Why) -> dict[str, Any]:
         kernel = self._kernel
         principal = kernel.desk.principals.get(args.who)
         asker = principal.identity if principal else policy.identity(args.who)
         decision = kernel.policy.why(asker, args.service, kernel.uid, args.right)
         return {"allowed": decision.allowed, "rule": decision.rule, "reason": decision.reason}
 
-    async def _grant(self, who: Identity, args: Grant, within: float) -> CapView:
+    async def _grant(self, call: Call, args: Grant) -> CapView:
         kernel = self._kernel
         if args.service not in kernel.plan.providers:
             raise NotFoundError(
@@ -254,7 +275,7 @@ class Operators:
             args.owner,
             f"service:{args.service}",
             args.rights,
-            rule=f"granted by operator:{who.uid}",
+            rule=f"granted by operator:{call.who.uid}",
             now=asyncio.get_running_loop().time(),
             lifetime=args.expires,
         )
@@ -262,19 +283,19 @@ class Operators:
         kernel.events.emit("cap.granted", f"cap:{cap.id}", object=cap.object, owner=cap.owner)
         return unix_time(cap.view())
 
-    async def _revoke(self, who: Identity, args: Cap, within: float) -> dict[str, list[int]]:
-        reason = f"revoked by operator:{who.uid}"
+    async def _revoke(self, call: Call, args: Cap) -> dict[str, list[int]]:
+        reason = f"revoked by operator:{call.who.uid}"
         gone = self._kernel.table.revoke_id(args.id, reason)
         self._kernel.desk.revoke(gone, reason)
         return {"revoked": [cap.id for cap in gone]}
 
-    async def _channels(self, who: Identity, args: Args, within: float) -> list[ChannelView]:
+    async def _channels(self, call: Call, args: Args) -> list[ChannelView]:
         return [channel.view() for channel in self._kernel.broker.channels.values()]
 
     # -- what happened ----------------------------------------------------------------------------------------
 
-    async def _since(self, who: Identity, args: Since, within: float) -> list[EventView]:
+    async def _since(self, call: Call, args: Since) -> list[EventView]:
         return self._kernel.events.since(max(0, args.seq), max(0, args.limit))
 
-    async def _audit_tail(self, who: Identity, args: Lines, within: float) -> dict[str, list[str]]:
+    async def _audit_tail(self, call: Call, args: Lines) -> dict[str, list[str]]:
         return {"lines": self._kernel.audit.tail(min(args.lines, 10_000))}

@@ -400,7 +400,8 @@ def test_any_requests_in_any_order_are_each_answered(
 async def controlled(tmp_path: Path, rules: dict[str, Any] | None = None) -> AsyncIterator[tuple[Rig, Any]]:
     """A kernel with its control plane, and `ask(bytes or Request) -> Response`."""
     async with served(tmp_path, rules) as rig:
-        control = Control(rig.directory, rig.operators, rig.kernel.events, rig.kernel.outbox)
+        kernel = rig.kernel
+        control = Control(rig.directory, rig.operators, kernel.answers, kernel.events, kernel.outbox)
         with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as dealer:
             dealer.linger = 0
             dealer.connect(f"ipc://{rig.directory / paths.CONTROL}")
