@@ -264,9 +264,7 @@ class Seat:
                 self._yielded(number)
             elif kind == "refused":
                 self._give_up_worker()
-                refused = Refused(
-                    engine=self.name, code=data[0], message=data[1][:_ERROR], held=bool(number)
-                )
+                refused = Refused(engine=self.name, code=data[0], message=data[1][:_ERROR], held=bool(number))
                 self._refuse(self._turn, refused)
             elif kind == "ended":
                 self._ended(data)
