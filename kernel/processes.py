@@ -26,10 +26,11 @@ _LINE: Final = 4096
 _READ: Final = 65536
 _NICE: Final = 12
 """A fifteenth of the weight of others: what a process that gets ready may cost the one that serves when both compete
-for one processor. It spends some 0.2 s of processor time, and so has three seconds of it."""
+for one processor."""
 
-_MODEST: Final = 10.0
-"""Seconds of that: on a machine that is busy with other things that weight may be next to nothing."""
+_MODEST: Final = 2.0
+"""Seconds of that: then most modules are ready, and where there is more to do, or to compete with, it would take for
+ever."""
 
 _SOON: Final = 0.1
 
