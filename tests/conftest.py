@@ -1,4 +1,4 @@
-"""What all tests share: the detector of leaks, pairs of endpoints, and real kernels."""
+"""What all tests share: the detector of leaks, pairs of endpoints, real kernels, and modules without one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from snap.dataplane import _native
 from snap.ipc import Channel, Client, UnreachableError, connect
 from snap.ipc.control import ControlClient
 from snap.ipc.paths import runtime_dir
+from snap.ipc.protocol import Loaded, Started
 from snap.ipc.segment import NAME_PREFIX, Segment
+from tests.host_rig import Ground, Kernel, manifest
 
 PATIENCE = 15.0
 LEAVE = 5.0
@@ -347,3 +349,31 @@ def kernel(tmp_path: Path) -> Iterator[Callable[..., KernelProcess]]:
     yield start
     for one in started:
         one.stop()
+
+
+# -- a module's processes without a kernel --------------------------------------------------------------------
+
+
+@pytest.fixture
+def ground() -> Iterator[Ground]:
+    made = Ground(128 << 20)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def kernels(ground: Ground) -> Iterator[Any]:
+    """Start the process of a generation, with everything loaded: `kernels(path)`."""
+    started: list[Kernel] = []
+
+    def start(path: Path, target: str = "engine:E", faults: Path | None = None, **more: Any) -> Kernel:
+        kernel = Kernel(ground=ground, faults=faults)
+        started.append(kernel)
+        kernel.configure(path, manifest(path.name, target, **more), generation=len(started))
+        kernel.hear(Started)
+        kernel.hear(Loaded)
+        return kernel
+
+    yield start
+    for kernel in started:
+        kernel.close()
