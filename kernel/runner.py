@@ -204,6 +204,8 @@ class Runner:
         wanted = self.found.manifest.module.standby
         if not wanted or self.follower is not None or not self.ready:
             return
+        if self.current is None or self.current.error:  # what is to end soon needs no standby
+            return
         # Nor while another one ends: it would wait for the same engines. "standby" is the pause after the last one.
         if self.alive - {self.current} or "standby" in self._timers:
             return
