@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -12,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from snap.ipc import paths, protocol, seqpacket
+from snap.ipc import aconnect, paths, protocol, seqpacket
 from snap.kernel import bootstrap, operations, policy
 from snap.kernel.kernel import HOST, Kernel, Settings
 from snap.kernel.operators import Operators
@@ -106,6 +107,9 @@ class Rig:
     def event(self, kind: str) -> Any:
         return next(event for event in self.kernel.events.since(0, 10_000) if event.kind == kind)
 
+    def audited(self, text: str) -> bool:
+        return any(text in json.loads(line)["reason"] for line in self.kernel.audit.tail(1000))
+
     async def until(self, what: Callable[[], object]) -> None:
         async with asyncio.timeout(PATIENCE):
             while not what():
@@ -196,6 +200,22 @@ async def running(
             await kernel.stop()
             kernel.close()
             socket_path.unlink()
+
+
+@asynccontextmanager
+async def served(tmp_path: Path, rules: dict[str, Any] | None = None) -> AsyncIterator[Rig]:
+    """A kernel with a module `mine`; a client that talks to it before must be able to talk to it after."""
+    if not (tmp_path / "modules" / "mine").exists():
+        write_module(tmp_path / "modules", "mine")
+    async with running(tmp_path, rules, start=["mine"]) as rig, await aconnect(rig.directory) as bystander:
+        channel = await bystander.aopen("mine", slots=64, up_bytes=4096, down_bytes=4096)
+        await channel.asend(b"before")
+        assert await channel.arecv(timeout=10) == b"before"
+        yield rig
+        await channel.asend(b"after")
+        assert await channel.arecv(timeout=10) == b"after"
+        assert (await bystander.alookup("mine")).ready
+        channel.close()
 
 
 def run(test: Awaitable[None]) -> None:

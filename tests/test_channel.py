@@ -24,20 +24,10 @@ from snap.ipc import (
     RevokedError,
     UsageError,
 )
+from tests.waiting import LIMIT, run
 
-LIMIT = 20.0
 RECORD = np.dtype([("key", "<u4"), ("price", "<f8"), ("name", "S4")])
 Make = Callable[..., Any]
-
-
-def run(coroutine: Any) -> Any:
-    """Run under a fresh loop; a hang is a failure of this test, not of the whole run."""
-
-    async def bounded() -> Any:
-        async with asyncio.timeout(LIMIT):
-            return await coroutine
-
-    return asyncio.run(bounded())
 
 
 # -- asyncio ------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,17 +18,9 @@ from snap.dataplane.errors import DeadlineError, UnreachableError
 from snap.ipc import BusyError, NotFoundError, UsageError
 from snap.ipc.client import Client
 from tests.conftest import KernelProcess
+from tests.waiting import LIMIT, until
 
-PATIENCE = 30.0
 Start = Callable[..., Any]
-
-
-def until(what: Callable[[], Any]) -> Any:
-    end = time.monotonic() + PATIENCE
-    while not (found := what()):
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.02)
-    return found
 
 
 def alive(pid: int) -> bool:
@@ -69,8 +60,8 @@ def traffic(client: Client) -> Iterator[list[int]]:
         try:
             with client.open("echo") as channel:
                 while not over.is_set():
-                    channel.send(b"%d" % counts[0], timeout=PATIENCE)
-                    assert channel.recv(timeout=PATIENCE) == b"%d" % counts[0]
+                    channel.send(b"%d" % counts[0], timeout=LIMIT)
+                    assert channel.recv(timeout=LIMIT) == b"%d" % counts[0]
                     counts[0] += 1
         except BaseException as error:
             errors.append(error)
@@ -121,7 +112,7 @@ def test_another_kernel_process_takes_over_and_nobody_notices(kernel: Start) -> 
         assert (one.directory / "kernel.lock").read_text() == f"{ask(one, 'kernel.status')['pid']}\n"
         with client.open("echo") as channel:
             channel.send(b"new")
-            assert channel.recv(timeout=PATIENCE) == b"new"
+            assert channel.recv(timeout=LIMIT) == b"new"
     end(one)
 
 
@@ -166,7 +157,7 @@ def test_from_a_new_kernel_that_fails_the_old_one_serves_on(
         client.lookup("echo")
         with client.open("echo") as channel:
             channel.send(b"still")
-            assert channel.recv(timeout=PATIENCE) == b"still"
+            assert channel.recv(timeout=LIMIT) == b"still"
         assert upgrade(one)["outcome"] == "committed"
     end(one)
 

@@ -27,21 +27,13 @@ from snap.dataplane.errors import (
     StateDamagedError,
     UsageError,
 )
+from tests.waiting import LIMIT, until
 
 Pairs = Callable[..., Any]
-LIMIT = 15.0
 LOANS = 8192 + 64 * 144
 """Where the records of the server's payloads begin, in a ring segment of 64 slots."""
 
 COUNTS = ("array", "counts", 0, 8, 16, "")
-
-
-def until(ready: Callable[[], Any], what: str) -> Any:
-    end = time.monotonic() + LIMIT
-    while not (found := ready()):
-        assert time.monotonic() < end, f"never: {what}"
-        time.sleep(0.001)
-    return found
 
 
 @pytest.fixture
