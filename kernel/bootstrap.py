@@ -22,6 +22,7 @@ from .policy import Identity
 from .principals import Principal
 from .record import Outbox
 from .store import Store
+from .takeover import Take
 
 BACKLOG: Final = 128
 ACCEPTS: Final = 16
@@ -180,9 +181,7 @@ class Bootstrap:
     def record(self) -> dict[str, Any]:
         return {"last": self._last, "connections": [each.record() for each in self._applications]}
 
-    def restore(
-        self, record: dict[str, Any], take: Callable[[str], list[int]], principals: dict[str, dict[str, Any]]
-    ) -> None:
+    def restore(self, record: dict[str, Any], take: Take, principals: dict[str, dict[str, Any]]) -> None:
         """Go on with the connections of an earlier kernel, whose records of `principals` are by name."""
         self._last = record["last"]
         self._announcements = []

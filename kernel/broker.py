@@ -36,6 +36,7 @@ from .incarnation import Incarnation
 from .principals import Principal
 from .runner import Runner
 from .store import Store
+from .takeover import Take
 
 MAP_DEADLINE: Final = 10.0
 ATTACH_DEADLINE: Final = 5.0
@@ -258,7 +259,7 @@ class Broker:
     def restore(
         self,
         record: dict[str, Any],
-        take: Callable[[str], list[int]],
+        take: Take,
         runners: Mapping[str, Runner],
         principals: Mapping[str, Principal],
     ) -> None:

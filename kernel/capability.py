@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Final, NoReturn
+from typing import Any, Final, Literal, NoReturn
 
 import msgspec
 
@@ -436,21 +436,7 @@ class CapabilityTable:
         return cap
 
     def _record(self, action: str, cap: Capability, reason: str) -> None:
-        self._audit(
-            AuditRecord(
-                action=action,
-                outcome="ok",
-                cap=cap.id,
-                parent=cap.parent,
-                object=cap.object,
-                rights=sorted(cap.rights),
-                owner=cap.owner,
-                badge=cap.badge,
-                pid=self._principals[cap.owner].pid,
-                rule=cap.rule,
-                reason=reason,
-            )
-        )
+        self._tell(action, "ok", cap.owner, cap, cap.rights, reason)
 
     def _deny(
         self,
@@ -460,11 +446,23 @@ class CapabilityTable:
         cap: Capability | None = None,
         rights: Iterable[str] = (),
     ) -> NoReturn:
+        self._tell(action, "denied", owner, cap, rights, error.message)
+        raise error
+
+    def _tell(
+        self,
+        action: str,
+        outcome: Literal["ok", "denied"],
+        owner: str,
+        cap: Capability | None,
+        rights: Iterable[str],
+        reason: str,
+    ) -> None:
         principal = self._principals[owner]
         self._audit(
             AuditRecord(
                 action=action,
-                outcome="denied",
+                outcome=outcome,
                 cap=cap.id if cap else None,
                 parent=cap.parent if cap else None,
                 object=cap.object if cap else "",
@@ -473,10 +471,9 @@ class CapabilityTable:
                 badge=principal.badge,
                 pid=principal.pid,
                 rule=cap.rule if cap else "",
-                reason=error.message,
+                reason=reason,
             )
         )
-        raise error
 
 
 def _known(object: str, rights: Iterable[str]) -> frozenset[str]:

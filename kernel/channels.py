@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
@@ -19,6 +19,7 @@ from snap.ipc.segment import Segment
 from .gatepage import GatePage
 from .principals import Principal
 from .runner import Runner
+from .takeover import Take
 
 DEFAULT_SLOTS: Final = 1024
 DEFAULT_POOL: Final = 4 * 1024 * 1024
@@ -203,7 +204,7 @@ class Channel:
 
 def restored(
     row: Sequence[Any],
-    take: Callable[[str], list[int]],
+    take: Take,
     runners: Mapping[str, Runner],
     principals: Mapping[str, Principal],
 ) -> tuple[int, Channel | None]:

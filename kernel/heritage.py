@@ -15,6 +15,7 @@ from snap.ipc.segment import Segment
 from . import packages
 from .gatepage import GatePage
 from .incarnation import Incarnation
+from .takeover import Take
 
 if TYPE_CHECKING:
     from .runner import Runner
@@ -44,7 +45,7 @@ class Heritage:
             "since": runner.since,
         }
 
-    def restore(self, record: dict[str, Any], take: Callable[[str], list[int]]) -> list[Incarnation]:
+    def restore(self, record: dict[str, Any], take: Take) -> list[Incarnation]:
         """Go on where an earlier kernel was, before anything is asked of the runner. `take(name)` gives descriptors
         that were stored. Returns the module's processes; see `settle`.
 
@@ -142,7 +143,7 @@ class Heritage:
             if stage == "prepared":
                 incarnation.prepared.add(engine)
 
-    def _restored(self, record: dict[str, Any], take: Callable[[str], list[int]]) -> Incarnation:
+    def _restored(self, record: dict[str, Any], take: Take) -> Incarnation:
         runner, generation = self._runner, record["generation"]
         link, pidfd, log, page = take(f"process.{runner.name}.{generation}")
         segment = Segment.adopt(page, _native.StatsPage.BYTES)

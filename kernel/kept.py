@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from snap.ipc import seqpacket
 
 from .store import Store
+from .takeover import Take
 
 
 class Kept:
@@ -25,7 +26,7 @@ class Kept:
             self.fds[name] = fds.pop(0)
             self._store.put(self._label(name), [self.fds[name]])
 
-    def restore(self, names: Iterable[Any], take: Callable[[str], list[int]]) -> None:
+    def restore(self, names: Iterable[Any], take: Take) -> None:
         """`take(name)` gives the descriptors that were stored."""
         self.fds = {name: take(self._label(name))[0] for name in names}
 

@@ -299,7 +299,7 @@ class Kernel:
             for name, record in self._adoption.data["modules"].items():
                 origin, running = packages.restored(record["origin"]), packages.restored(record["found"])
                 found[name] = Found(running.manifest, origin.path, origin.source)
-        plan = graph.check({name: each.manifest for name, each in found.items()}, self._denial)
+        plan = graph.check({name: each.manifest for name, each in found.items()}, self.denial)
         for name, reasons in plan.problems.items():
             self.refused[name] = (found[name], "; ".join(reasons))
             self.events.emit("module.refused", f"module:{name}", reason=self.refused[name][1])
@@ -348,13 +348,10 @@ class Kernel:
     def _report(self, problem: Problem) -> None:
         self.events.emit("manifest.refused", str(problem.path), source=problem.source, error=problem.message)
 
-    def _denial(self, module: str, service: str) -> str | None:
-        decision = self.policy.decide(self._identity(module, 0), service, self.uid)
-        return None if decision.allowed and "connect" in decision.rights else decision.reason
-
     def denial(self, module: str, service: str) -> str | None:
         """Why `module` may not connect to `service`; None: it may."""
-        return self._denial(module, service)
+        decision = self.policy.decide(self._identity(module, 0), service, self.uid)
+        return None if decision.allowed and "connect" in decision.rights else decision.reason
 
     def _identity(self, module: str, pid: int) -> Identity:
         return Identity(self.uid, os.getegid(), pid, module)

@@ -13,6 +13,9 @@ from .store import Store
 
 LISTENER: Final = "listener"
 
+Take = Callable[[str], list[int]]
+"""Gives the descriptors that an earlier kernel stored under a name; StateDamagedError when they are not there."""
+
 
 class Adoption:
     """`take(name)` gives the descriptors of a name, once; `close` gives back what nobody took."""
@@ -84,6 +87,3 @@ class RecordedStore:
         gone, self._gone = self._gone, set()
         for name in gone:
             self._store.remove(name)
-
-
-Take = Callable[[str], list[int]]
