@@ -109,6 +109,7 @@ class Kernel:
         self.events.emit("kernel.started", "kernel", pid=os.getpid(), version=VERSION)
         if adoption is not None:
             adoption.confirm()
+        self.upgrades.tidy()
         self._reclaim_semaphores()
         self.outbox.flush()
 

@@ -91,6 +91,12 @@ class Upgrades:
             )
         upgrading.abandon("the module was stopped")
 
+    def tidy(self) -> None:
+        """The kernel has started: what an earlier one copied, and nobody can go back to, goes."""
+        for runner in self._kernel.runners.values():
+            if self.running_of(runner) is None:
+                self._prune(runner)
+
     def close(self) -> None:
         for upgrading in [*self._queued.values(), *self._running.values()]:
             upgrading.abandon("the kernel stops")
@@ -268,9 +274,12 @@ class Upgrades:
 
     def _remember(self, runner: Runner, origin: Found, before: Found) -> None:
         runner.origin = origin
-        versions = self._versions.setdefault(runner.name, deque(maxlen=VERSIONS))
-        versions.append(before)
-        packages.prune(self._packages, runner.name, [runner.found, *versions])
+        self._versions.setdefault(runner.name, deque(maxlen=VERSIONS)).append(before)
+        self._prune(runner)
+
+    def _prune(self, runner: Runner) -> None:
+        needed = [runner.found, *self._versions.get(runner.name, ())]
+        packages.prune(self._packages, runner.name, needed)
 
     # -- outliving the kernel ---------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import pytest
 from snap.dataplane.errors import ManifestError, NotFoundError, ResourceError
 from snap.ipc.discovery import Found
 from snap.kernel import packages
+from tests.kernel_rig import run, running, write_module
 
 MANIFEST = """\
 [module]
@@ -77,3 +78,20 @@ def test_what_cannot_be_a_module_is_said(tmp_path: Path) -> None:
 def test_a_record_is_read_back(tmp_path: Path) -> None:
     found = module(tmp_path / "thing")
     assert packages.restored(packages.record(found)) == found
+
+
+def test_a_kernel_that_starts_afresh_removes_copies_that_nobody_can_go_back_to(tmp_path: Path) -> None:
+    def copies() -> set[str]:
+        return {place.name for place in (tmp_path / "run" / packages.DIRECTORY / "mine").iterdir()}
+
+    async def test() -> None:
+        async with running(tmp_path):
+            return
+
+    write_module(tmp_path / "modules", "mine")
+    run(test())
+    first = copies()
+    (tmp_path / "modules" / "mine" / "engine.py").write_text("# another\n")
+    run(test())
+    assert len(first) == len(copies()) == 1
+    assert not first & copies()
