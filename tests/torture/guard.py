@@ -88,4 +88,7 @@ def tidy(before: Holdings) -> None:
 
 
 def remove(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
+    """Somebody who is dying may still write there."""
+    end = time.monotonic() + _PATIENCE
+    while directory.exists() and time.monotonic() < end:
+        shutil.rmtree(directory, ignore_errors=True)

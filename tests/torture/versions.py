@@ -197,11 +197,14 @@ BAD: Final = (
             """
             polls = 0
             def poll(self, budget):
+                slots = self.state.rows.slots
+                before = slots.copy()
                 done = super().poll(budget)
                 self.polls += 1
-                if self.polls == 3:
-                    slots = self.state.rows.slots
-                    live = int(np.flatnonzero(slots["state"] == 1)[0])
+                # Not what this poll has touched: that would be undone.
+                old = np.flatnonzero((slots["state"] == 1) & (slots == before))
+                if self.polls >= 3 and len(old):
+                    live = int(old[0])
                     # A wild store: past the undo log and the checksums.
                     ctypes.memset(slots.ctypes.data + live * slots.itemsize + 8, 0xA5, slots.itemsize - 8)
                     os.kill(os.getpid(), 9)
