@@ -3,7 +3,8 @@
 //! `ring` knows only atomics and a `Memory`, so that loom can check it; `channel` puts it on shared memory; `engine`
 //! runs native engines; `state` outlives them, `ledger` makes what they receive, write and send permanent together, and
 //! `ownership` says who runs one; `py` is the Python face. `unsafe` lives in `segment`, `ringmem`, `ownership`,
-//! `py::buffer`, `py::endpoint`, `py::fast`, `py::half` and `py::view`.
+//! `pony::port::sys`,
+//! `pony::port::wire`, `py::buffer`, `py::endpoint`, `py::fast`, `py::half` and `py::view`.
 
 pub mod error;
 pub mod layout;
@@ -26,6 +27,8 @@ pub mod ledger;
 pub mod ownership;
 #[cfg(not(loom))]
 pub mod poller;
+#[cfg(not(loom))]
+pub mod pony;
 #[cfg(not(loom))]
 pub mod pool;
 #[cfg(not(loom))]
