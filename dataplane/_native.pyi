@@ -34,6 +34,7 @@ class Endpoint:
     `up_fd`/`down_fd` are the pools that the client and the server write payloads to; -1 where there is none.
     `rights`: bit 0 the client may send, bit 1 it may receive; each end holds the other to it.
     `gate_fd`/`gate_index` (server only, else -1): the module's gate page and this channel's line in it.
+    `arena_fd`: memory that both ends write, for one-sided operations; -1 where there is none.
     Raises FaultedError (wrong magic, version, geometry), ResourceError (mmap), ValueError (arguments).
     """
 
@@ -51,6 +52,8 @@ class Endpoint:
         gate_fd: int = -1,
         gate_index: int = -1,
         rights: int = 3,
+        arena_fd: int = -1,
+        arena_bytes: int = 0,
     ) -> Self: ...
     def send(self, data: Buffer, tag: int = 0, timeout: float | None = None, wait: int = ADAPTIVE) -> None:
         """Send one message; waits for room up to `timeout` seconds (None: for ever, 0: FullError at once)."""
@@ -99,6 +102,9 @@ class Endpoint:
         """Unmap; idempotent. Loans and payloads that are still held keep their memory mapped."""
     def abandon(self) -> None:
         """Close, and end the channel, which in a `Ledger` would outlive this end: nobody is left to serve it."""
+    @property
+    def arena(self) -> memoryview | None:
+        """All of the arena, writable; None without one. It stays mapped as long as there is a view of it."""
     @property
     def closed(self) -> bool: ...
     @property

@@ -50,13 +50,15 @@ class Channel(Endpoint):
     def make(
         cls,
         *endpoint: Any,
+        arena: tuple[int, int] = (-1, 0),
         id: int = 0,
         service: str = "",
         rights: frozenset[str] = frozenset({"send", "recv"}),
     ) -> Self:
-        """Build from the first nine arguments of `Endpoint`, holding this end to `rights`. Raises as it does."""
+        """Build from the first nine arguments of `Endpoint` and the descriptor and size of the arena, holding this end to
+        `rights`. Raises as it does."""
         bits = sum(bit for right, bit in _RIGHT_BITS.items() if right in rights)
-        arguments = (*endpoint, -1, -1, bits)
+        arguments = (*endpoint, -1, -1, bits, *arena)
         channel = cls(*arguments)
         channel.id, channel.service, channel.rights, channel.generation = id, service, rights, endpoint[8]
         channel._waiters = []

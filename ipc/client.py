@@ -84,6 +84,7 @@ class Wish(NamedTuple):
     slots: int = 0
     up_bytes: int = 0
     down_bytes: int = 0
+    arena_bytes: int = 0
     wait: float = DEFAULT_TIMEOUT
 
 
@@ -112,16 +113,18 @@ class Client:
         slots: int = 0,
         up_bytes: int = 0,
         down_bytes: int = 0,
+        arena_bytes: int = 0,
         timeout: float = DEFAULT_TIMEOUT,
         wait: float | None = None,
     ) -> Channel:
         """Open a channel, waiting until the service is ready for up to `wait` seconds (default: `timeout`, 0: not).
 
-        `slots` (a power of two) and the sizes of the pools, which bound the largest message, default to the kernel's.
+        `slots` (a power of two) and the sizes of the pools, which bound the largest message, default to the kernel's;
+        `arena_bytes` of memory that both ends write (`channel.arena`) are for services with one-sided operations.
         Raises DeniedError, QuotaError, NotRunningError, DeadlineError, ResourceError, and FaultedError when what came
         is no channel.
         """
-        wish = Wish(slots, up_bytes, down_bytes, timeout if wait is None else wait)
+        wish = Wish(slots, up_bytes, down_bytes, arena_bytes, timeout if wait is None else wait)
         return self._open(self._run(_resolve(service, timeout)), wish, timeout)
 
     def capabilities(self, timeout: float = DEFAULT_TIMEOUT) -> list[CapView]:
@@ -218,11 +221,12 @@ class AsyncClient:
         slots: int = 0,
         up_bytes: int = 0,
         down_bytes: int = 0,
+        arena_bytes: int = 0,
         timeout: float = DEFAULT_TIMEOUT,
         wait: float | None = None,
     ) -> Channel:
         """As `Client.open`."""
-        wish = Wish(slots, up_bytes, down_bytes, timeout if wait is None else wait)
+        wish = Wish(slots, up_bytes, down_bytes, arena_bytes, timeout if wait is None else wait)
         return await self._open(await self._run(_resolve(service, timeout)), wish, timeout)
 
     async def acapabilities(self, timeout: float = DEFAULT_TIMEOUT) -> list[CapView]:
@@ -359,7 +363,7 @@ def _done(message: Message, timeout: float) -> Dialogue[None]:
 
 def _open(service: Service, wish: Wish, timeout: float, send: Callable[[Message], None]) -> Dialogue[Channel]:
     """Open, map, seal, and wait until the provider has attached. `send` takes back what cannot be finished."""
-    if wish.wait < 0 or min(wish.slots, wish.up_bytes, wish.down_bytes) < 0:
+    if wish.wait < 0 or min(wish.slots, wish.up_bytes, wish.down_bytes, wish.arena_bytes) < 0:
         raise UsageError(f"sizes and seconds of a channel cannot be negative: {wish}")
     ask = protocol.Open(handle=service.handle, **wish._asdict())
     message, fds = yield Ask(ask, max(timeout, wish.wait) + _GRACE)
@@ -382,9 +386,10 @@ def _open(service: Service, wish: Wish, timeout: float, send: Callable[[Message]
 
 def _map(service: Service, opened: Opened, fds: list[int]) -> Channel:
     """Raises ProtocolError, FaultedError or ResourceError; the descriptors stay the caller's."""
-    if len(fds) != 5:
-        raise ProtocolError(f"Opened came with {len(fds)} descriptors instead of 5")
-    ring, up, down, server_bell, client_bell = fds
+    wanted = 6 if opened.arena_bytes else 5
+    if len(fds) != wanted:
+        raise ProtocolError(f"Opened came with {len(fds)} descriptors instead of {wanted}")
+    ring, up, down, server_bell, client_bell, *arena = fds
     try:
         channel = Channel.make(
             _native.CLIENT,
@@ -396,6 +401,7 @@ def _map(service: Service, opened: Opened, fds: list[int]) -> Channel:
             opened.down_bytes,
             (server_bell, client_bell),
             opened.generation,
+            arena=(arena[0], opened.arena_bytes) if arena else (-1, 0),
             id=opened.channel,
             service=service.name,
             rights=frozenset(opened.rights),

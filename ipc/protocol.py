@@ -52,13 +52,14 @@ class Lookup(Message, frozen=True):
 class Open(Message, frozen=True):
     """Open a channel to the service behind `handle`; `wait` seconds for the service to be ready.
 
-    Sizes are wishes: 0 means the default. `slots` is a power of two. Answered by `Opened` with descriptors.
+    Sizes are wishes: 0 means the default, and no arena. `slots` is a power of two. Answered by `Opened` with descriptors.
     """
 
     handle: int
     slots: int = 0
     up_bytes: int = 0
     down_bytes: int = 0
+    arena_bytes: int = 0
     wait: float = 0.0
 
 
@@ -130,13 +131,15 @@ class Found(Message, frozen=True):
 
 
 class Opened(Message, frozen=True):
-    """Descriptors, in order: ring, up, down, server bell, client bell. `seal_up`: map `up` writable, then seal it."""
+    """Descriptors, in order: ring, up, down, server bell, client bell, and the arena if there is one. `seal_up`: map
+    `up` writable, then seal it."""
 
     channel: int
     generation: int
     slots: int
     up_bytes: int
     down_bytes: int
+    arena_bytes: int
     rights: list[str]
     backend: str
     seal_up: bool = False
@@ -207,7 +210,7 @@ class Report(Message, frozen=True):
 
 
 class Attach(Message, frozen=True):
-    """A client's channel to serve with `engine`. fds: ring, up, down, server bell, client bell.
+    """A client's channel to serve with `engine`. fds: ring, up, down, server bell, client bell, the arena if there is one.
     `badge` names the caller and comes from the kernel alone. Answered by `Attached` or `Failure`."""
 
     channel: int
@@ -220,6 +223,7 @@ class Attach(Message, frozen=True):
     up_bytes: int
     down_bytes: int
     gate_index: int
+    arena_bytes: int
 
 
 class Detach(Message, frozen=True):
@@ -485,6 +489,7 @@ class ChannelView(msgspec.Struct, frozen=True, kw_only=True):
     slots: int
     up_bytes: int
     down_bytes: int
+    arena_bytes: int
     depth_up: int
     depth_down: int
     since: float

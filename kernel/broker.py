@@ -150,11 +150,11 @@ class Broker:
             raise DeniedError(
                 f"{cap.object}: neither send nor recv is allowed", "a channel needs one of them"
             )
-        slots, up, down = channels.geometry(request)
-        need = _native.ring_bytes(slots) + up + down
+        slots, sizes = channels.geometry(request)
+        need = _native.ring_bytes(slots) + sum(sizes)
         principal.reserve(need)
         try:
-            body = channels.Body.make(self._last_id + 1, slots, (up, down), self._backend, runner.gate)
+            body = channels.Body.make(self._last_id + 1, slots, sizes, self._backend, runner.gate)
         except SnapError as error:
             principal.bytes -= need
             if isinstance(error, ResourceError):
@@ -170,8 +170,9 @@ class Broker:
             client=principal,
             rights=sorted(cap.rights & _USABLE),
             slots=slots,
-            up_bytes=up,
-            down_bytes=down,
+            up_bytes=sizes[0],
+            down_bytes=sizes[1],
+            arena_bytes=sizes[2],
             backend=self._backend,
             body=body,
         )

@@ -26,35 +26,40 @@ DEFAULT_POOL: Final = 4 * 1024 * 1024
 _PAGE: Final = 4096
 _SLOTS: Final = (64, 65536)
 
+Sizes = tuple[int, int, int]
+"""Bytes of the up pool, the down pool and the arena, whole pages; an arena of 0 is none."""
+
 OFFERED: Final = "offered"
 ATTACHING: Final = "attaching"
 OPEN: Final = "open"
 
 _RECORDED: Final = (
-    *("id", "generation", "service", "engine", "rights", "slots", "up_bytes", "down_bytes", "backend"),
-    *("line", "cap", "state", "seq", "answered", "since"),
+    *("id", "generation", "service", "engine", "rights", "slots", "up_bytes", "down_bytes", "arena_bytes"),
+    *("backend", "line", "cap", "state", "seq", "answered", "since"),
 )
 
 
-def geometry(request: protocol.Open) -> tuple[int, int, int]:
-    """Slots and pool sizes in bytes, whole pages. Raises UsageError."""
+def geometry(request: protocol.Open) -> tuple[int, Sizes]:
+    """Slots, and the sizes of the pools and the arena. Raises UsageError."""
     slots = request.slots or DEFAULT_SLOTS
     least, most = _SLOTS
     if not least <= slots <= most or slots & (slots - 1):
         raise UsageError(
             f"slots is {slots}", f"a power of two from {least} to {most}, or 0 for {DEFAULT_SLOTS}"
         )
-    sizes = []
-    for name, wish in (("up_bytes", request.up_bytes), ("down_bytes", request.down_bytes)):
-        if not 0 <= wish <= 1 << 40:
-            raise UsageError(f"{name} is {wish}", f"0 (for {DEFAULT_POOL}) to {1 << 40}")
-        sizes.append(-(-(wish or DEFAULT_POOL) // _PAGE) * _PAGE)
-    return slots, sizes[0], sizes[1]
+    up, down = _size("up_bytes", request.up_bytes, DEFAULT_POOL), _size("down_bytes", request.down_bytes, DEFAULT_POOL)
+    return slots, (up, down, _size("arena_bytes", request.arena_bytes, 0))
+
+
+def _size(name: str, wish: int, default: int) -> int:
+    if not 0 <= wish <= 1 << 40:
+        raise UsageError(f"{name} is {wish}", f"0 (for {default}) to {1 << 40}")
+    return -(-(wish or default) // _PAGE) * _PAGE
 
 
 class Body:
-    """What a channel is made of, until `close`: segments (rings, up pool, down pool), a doorbell for each end, and a
-    line of its provider's gate page."""
+    """What a channel is made of, until `close`: segments (rings, up pool, down pool, and the arena if there is one), a
+    doorbell for each end, and a line of its provider's gate page."""
 
     def __init__(
         self, slots: int, segments: Sequence[Segment], bells: Sequence[int], gate: GatePage, line: int
@@ -63,14 +68,15 @@ class Body:
         self.control: Final = _native.ChannelControl(segments[0].fd, slots, (bells[0], bells[1]))
 
     @classmethod
-    def make(cls, number: int, slots: int, pools: tuple[int, int], backend: str, gate: GatePage) -> Self:
+    def make(cls, number: int, slots: int, sizes: Sizes, backend: str, gate: GatePage) -> Self:
         """Of channel `number`. Raises SnapError; whatever was made by then is given back."""
         with ExitStack() as undo:
             line = gate.take()
             undo.callback(gate.give_back, line)
             segments = [
                 undo.enter_context(Segment.create(size, backend))
-                for size in (_native.ring_bytes(slots), *pools)
+                for size in (_native.ring_bytes(slots), *sizes)
+                if size
             ]
             bells = [_bell(undo) for _ in range(2)]
             body = cls(slots, segments, bells, gate, line)
@@ -79,16 +85,18 @@ class Body:
             return body
 
     @classmethod
-    def adopt(cls, slots: int, pools: tuple[int, int], fds: Sequence[int], gate: GatePage, line: int) -> Self:
+    def adopt(cls, slots: int, sizes: Sizes, fds: Sequence[int], gate: GatePage, line: int) -> Self:
         """Of an earlier kernel; `fds` as the property gave them. Raises SnapError."""
-        sizes = (_native.ring_bytes(slots), *pools)
-        segments = [Segment.adopt(fd, size) for fd, size in zip(fds[:3], sizes, strict=True)]
+        wanted = [size for size in (_native.ring_bytes(slots), *sizes) if size]
+        segments = [Segment.adopt(fd, size) for fd, size in zip([*fds[:3], *fds[5:]], wanted, strict=True)]
         gate.hold(line)
-        return cls(slots, segments, fds[3:], gate, line)
+        return cls(slots, segments, fds[3:5], gate, line)
 
     @property
     def fds(self) -> list[int]:
-        return [*(segment.fd for segment in self._segments), *self._bells]
+        """In the order of `Opened` and `Attach`."""
+        ring, up, down, *arena = (segment.fd for segment in self._segments)
+        return [ring, up, down, *self._bells, *arena]
 
     @property
     def sealed(self) -> bool:
@@ -122,6 +130,7 @@ class Channel:
     slots: int
     up_bytes: int
     down_bytes: int
+    arena_bytes: int
     backend: str
     body: Body
     cap: int = 0
@@ -134,7 +143,7 @@ class Channel:
 
     @property
     def bytes(self) -> int:
-        return _native.ring_bytes(self.slots) + self.up_bytes + self.down_bytes
+        return _native.ring_bytes(self.slots) + self.up_bytes + self.down_bytes + self.arena_bytes
 
     @property
     def line(self) -> int:
@@ -159,6 +168,7 @@ class Channel:
             slots=self.slots,
             up_bytes=self.up_bytes,
             down_bytes=self.down_bytes,
+            arena_bytes=self.arena_bytes,
             gate_index=self.line,
         )
 
@@ -171,6 +181,7 @@ class Channel:
             slots=self.slots,
             up_bytes=self.up_bytes,
             down_bytes=self.down_bytes,
+            arena_bytes=self.arena_bytes,
             rights=self.rights,
             backend=self.backend,
             seal_up=self.backend == "memfd",
@@ -190,6 +201,7 @@ class Channel:
             slots=self.slots,
             up_bytes=self.up_bytes,
             down_bytes=self.down_bytes,
+            arena_bytes=self.arena_bytes,
             depth_up=up,
             depth_down=down,
             since=self.since,
@@ -215,8 +227,8 @@ def restored(
     values = dict(zip((*_RECORDED, "provider", "client"), row, strict=True))
     runner, client = runners[values.pop("provider")], principals.get(values.pop("client"))
     fds = take(label(values["id"]))
-    pools = (values["up_bytes"], values["down_bytes"])
-    body = Body.adopt(values["slots"], pools, fds, runner.gate, values.pop("line"))
+    sizes = (values["up_bytes"], values["down_bytes"], values["arena_bytes"])
+    body = Body.adopt(values["slots"], sizes, fds, runner.gate, values.pop("line"))
     if client is None:
         body.close("gone", "its client went while no kernel ran")
         return values["id"], None

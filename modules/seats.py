@@ -310,16 +310,17 @@ class Seat:
 def server_channel(order: Attach, fds: list[int], gate_fd: int) -> ServerChannel:
     """Map the engine's end of the channel that `order` describes; the descriptors stay the caller's.
 
-    Raises ResourceError when there was no room for them, ProtocolError for another number than five, and what
+    Raises ResourceError when there was no room for them, ProtocolError for another number than belongs to it, and what
     `Endpoint` raises.
     """
     if not fds:
         raise ResourceError(
             "the module is out of descriptors", "raise resources.descriptors in its module.toml"
         )
-    if len(fds) != 5:
-        raise ProtocolError(f"Attach came with {len(fds)} descriptors instead of 5")
-    ring, up, down, server_bell, client_bell = fds
+    wanted = 6 if order.arena_bytes else 5
+    if len(fds) != wanted:
+        raise ProtocolError(f"Attach came with {len(fds)} descriptors instead of {wanted}")
+    ring, up, down, server_bell, client_bell, *arena = fds
     return ServerChannel.make(
         _native.SERVER,
         ring,
@@ -332,6 +333,7 @@ def server_channel(order: Attach, fds: list[int], gate_fd: int) -> ServerChannel
         order.generation,
         gate_fd,
         order.gate_index,
+        arena=(arena[0], order.arena_bytes) if arena else (-1, 0),
         id=order.channel,
         service=order.service,
         badge=order.badge,

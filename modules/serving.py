@@ -36,18 +36,20 @@ class ServerChannel(_native.Endpoint):
     def make(
         cls,
         *endpoint: Any,
+        arena: tuple[int, int] = (-1, 0),
         id: int = 0,
         service: str = "",
         badge: str = "",
         rights: frozenset[str] = frozenset(_RIGHT_BITS),
         line: int = 0,
     ) -> Self:
-        """Build from the eleven arguments of `Endpoint` up to `gate_index`, holding the client to `rights`.
+        """Build from the eleven arguments of `Endpoint` up to `gate_index` and the descriptor and size of the arena,
+        holding the client to `rights`.
 
         Raises as `Endpoint` does.
         """
         bits = sum(bit for right, bit in _RIGHT_BITS.items() if right in rights)
-        arguments = (*endpoint, bits)
+        arguments = (*endpoint, bits, *arena)
         channel = cls(*arguments)
         channel.id, channel.service, channel.badge, channel.rights = id, service, badge, rights
         channel.line = line

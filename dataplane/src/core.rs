@@ -68,6 +68,8 @@ pub struct Grant<'fd> {
     pub generation: u32,
     pub rights: u8,
     pub gate: Option<(BorrowedFd<'fd>, usize)>,
+    /// Memory that both ends write, for one-sided operations, with its size in bytes.
+    pub arena: Option<(BorrowedFd<'fd>, usize)>,
 }
 
 /// Write a fresh header: the kernel's part, before either end maps the segment.
@@ -134,6 +136,7 @@ pub struct Core {
     pub ring: Arc<Mapping>,
     own_pool: Option<Mapping>,
     peer_pool: Option<Mapping>,
+    arena: Option<Mapping>,
     bells: [Bell; 2],
     pub rights: u8,
     gate: Option<Line>,
@@ -210,7 +213,7 @@ impl Core {
             return Err(Error::Faulted(Fault::from_number(own as u8)));
         }
         let shrunk = SHRUNK.load(Ordering::Acquire);
-        let mappings = [Some(&*self.ring), self.own_pool.as_ref(), self.peer_pool.as_ref()];
+        let mappings = [Some(&*self.ring), self.own_pool(), self.peer_pool(), self.arena()];
         if mappings.into_iter().flatten().any(Mapping::shrunk) {
             return Err(self.fail(Fault::Shrunk));
         }
@@ -420,6 +423,12 @@ impl Core {
         self.peer_pool.as_ref()
     }
 
+    /// What both ends write: nothing that is read there may be believed.
+    #[inline]
+    pub fn arena(&self) -> Option<&Mapping> {
+        self.arena.as_ref()
+    }
+
     pub fn max_message(&self) -> usize {
         lock(&self.allocations).largest().max(INLINE_MAX)
     }
@@ -460,6 +469,7 @@ impl Core {
             allocations: Mutex::new(Allocations::new(own_pool.as_ref().map_or(0, Mapping::len), grant.slots)),
             own_pool,
             peer_pool: map(1 - own, false)?,
+            arena: grant.arena.map(|(fd, bytes)| Mapping::new(fd, bytes, true)).transpose()?,
             bells: [duplicate(0)?, duplicate(1)?],
             rights: grant.rights,
             gate: grant.gate.map(|(fd, index)| Line::new(fd, index, grant.generation)).transpose()?,

@@ -214,4 +214,25 @@ impl Mapping {
         // SAFETY: both ranges are in bounds; two mappings of our own never overlap.
         unsafe { ptr::copy_nonoverlapping(source.base.as_ptr().add(from), self.base.as_ptr().add(to), len) }
     }
+
+    /// As `copy_from`, inside of this mapping; the ranges may overlap. Panics on a range that the caller did not check.
+    #[inline]
+    pub fn copy_within(&self, to: usize, from: usize, len: usize) {
+        assert!(to <= self.len && len <= self.len - to && from <= self.len && len <= self.len - from);
+        // SAFETY: both ranges are in bounds; `copy` allows them to overlap.
+        unsafe { ptr::copy(self.base.as_ptr().add(from), self.base.as_ptr().add(to), len) }
+    }
+
+    /// Say that the byte at `offset` will be read soon.
+    #[inline]
+    pub fn prefetch(&self, offset: usize) {
+        #[cfg(target_arch = "x86_64")]
+        if offset < self.len {
+            use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+            // SAFETY: in bounds; a prefetch changes nothing and cannot fault.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(self.base.as_ptr().add(offset).cast()) }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = offset;
+    }
 }

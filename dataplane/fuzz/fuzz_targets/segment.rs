@@ -52,6 +52,7 @@ fn open(segments: &Segments, role: Role) -> (Tx, Rx) {
         generation: 1,
         rights: 3,
         gate: None,
+        arena: None,
     };
     let (_, tx, rx) = channel::open(&grant).expect("a fresh header");
     (tx, rx)

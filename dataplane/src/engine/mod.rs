@@ -39,15 +39,24 @@ pub struct Channels {
     list: Vec<Channel>,
     dropped: Vec<(Channel, Error)>,
     first: usize,
+    version: u64,
 }
 
 impl Channels {
+    /// Changes whenever a channel comes or goes.
+    #[inline]
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
     pub fn attach(&mut self, channel: Channel) {
+        self.version += 1;
         self.list.push(channel);
     }
 
     pub fn detach(&mut self, id: u64) -> Option<Channel> {
         let index = self.list.iter().position(|channel| channel.id == id)?;
+        self.version += 1;
         Some(self.list.remove(index))
     }
 
@@ -88,6 +97,7 @@ impl Channels {
         failed.sort_by_key(|(index, _)| std::cmp::Reverse(*index));
         for (index, error) in failed {
             let channel = self.list.remove(index);
+            self.version += 1;
             self.dropped.push((channel, error));
         }
         used
@@ -146,11 +156,12 @@ pub trait Engine: Send {
 }
 
 /// The engines that this crate ships, by the name that a manifest gives as `native:NAME`.
-pub const NAMES: [&str; 1] = ["echo"];
+pub const NAMES: [&str; 2] = ["echo", "pony"];
 
 pub fn make(name: &str) -> Option<Box<dyn Engine>> {
     match name {
         "echo" => Some(Box::new(echo::Echo::default())),
+        "pony" => Some(Box::new(crate::pony::Pony::default())),
         _ => None,
     }
 }

@@ -1,3 +1,14 @@
 //! Pony Express: messages, datagrams and one-sided operations between applications, on one host and between hosts.
 
+pub mod command;
+mod desk;
+mod engine;
+mod memory;
+mod numbered;
+mod outbox;
 pub mod port;
+mod rows;
+mod space;
+mod transfers;
+
+pub use engine::Pony;

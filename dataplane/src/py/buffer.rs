@@ -1,4 +1,4 @@
-//! Loans and payloads: pool memory that Python sees through the buffer protocol.
+//! Loans, payloads and arenas: memory of a channel that Python sees through the buffer protocol.
 //!
 //! One of the few files with `unsafe`. Memory is handed on (to the peer, or back to it) only when no view of it is left:
 //! a received view cannot dangle and a sent one cannot be written any more.
@@ -170,6 +170,37 @@ impl Loan {
     unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {
         self.exports.fetch_sub(1, Ordering::AcqRel);
     }
+}
+
+/// The arena of a channel. It stays mapped as long as there is a view of it, whatever becomes of the channel.
+#[pyclass(frozen, module = "snap.dataplane._native")]
+pub struct Arena {
+    core: Arc<Core>,
+}
+
+impl Arena {
+    pub fn view<'py>(py: Python<'py>, core: &Arc<Core>) -> PyResult<Option<Bound<'py, PyMemoryView>>> {
+        if core.arena().is_none() {
+            return Ok(None);
+        }
+        let arena = Bound::new(py, Arena { core: core.clone() })?;
+        PyMemoryView::from(arena.as_any()).map(Some)
+    }
+}
+
+#[pymethods]
+impl Arena {
+    // SAFETY: Python calls the pair as the buffer protocol says.
+    unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
+        let Some(arena) = slf.get().core.arena() else {
+            return Err(PyBufferError::new_err("the channel has no arena"));
+        };
+        // SAFETY: all of a mapping that `core` keeps as long as the exporting object lives.
+        unsafe { fast::export(slf.clone().into_any(), view, flags, arena.base(), arena.len(), false) }
+    }
+
+    // SAFETY: as above; there is nothing to give back.
+    unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {}
 }
 
 enum Memory {

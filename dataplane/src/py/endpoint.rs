@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict, PyList};
+use pyo3::types::{PyBytes, PyDict, PyList, PyMemoryView};
 
-use super::buffer::{Loan, Payload};
+use super::buffer::{Arena, Loan, Payload};
 use super::errors::{convert, deadline, is_a, raise};
 use super::fast::{self, Buffer};
 use super::half::Half;
@@ -97,7 +97,7 @@ fn unsent(py: Python<'_>, timeout: Option<f64>) -> PyErr {
 #[pymethods]
 impl Endpoint {
     #[new]
-    #[pyo3(signature = (role, ring_fd, up_fd, down_fd, slots, up_bytes, down_bytes, bells, generation, gate_fd=-1, gate_index=-1, rights=3))]
+    #[pyo3(signature = (role, ring_fd, up_fd, down_fd, slots, up_bytes, down_bytes, bells, generation, gate_fd=-1, gate_index=-1, rights=3, arena_fd=-1, arena_bytes=0))]
     #[allow(clippy::too_many_arguments)] // One call per channel; the names are the documentation.
     fn new(
         py: Python<'_>,
@@ -113,6 +113,8 @@ impl Endpoint {
         gate_fd: i32,
         gate_index: i64,
         rights: u8,
+        arena_fd: i32,
+        arena_bytes: usize,
     ) -> PyResult<Self> {
         let role = match role {
             0 => Role::Client,
@@ -133,9 +135,16 @@ impl Endpoint {
             generation,
             rights,
             gate,
+            arena: pool(arena_fd)?.map(|fd| (fd, arena_bytes)),
         };
         let (core, tx, rx) = channel::open(&grant).map_err(|error| convert(py, error))?;
         Ok(Endpoint { core, tx: Half::new(tx), rx: Half::new(rx) })
+    }
+
+    /// All of the arena, writable; None without one.
+    #[getter]
+    fn arena<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyMemoryView>>> {
+        Arena::view(py, &self.core)
     }
 
     #[pyo3(signature = (data, tag=0, timeout=None, wait=1))]

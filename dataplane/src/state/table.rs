@@ -272,6 +272,24 @@ impl Table {
         count
     }
 
+    /// Every row with its key, for who is about to serve. Raises `Damaged`, and what `look` raises.
+    pub fn each(&self, frame: &Frame, mut look: impl FnMut(&[u8], &[u8]) -> Result<()>) -> Result<()> {
+        let mut slot = vec![0; self.object.stride];
+        for number in 0..self.used(frame) {
+            self.slots(frame, number, &mut slot);
+            let [crc, state] = [0, 4].map(|at| u32::from_le_bytes([0, 1, 2, 3].map(|byte| slot[at + byte])));
+            if state != LIVE {
+                continue;
+            }
+            if crc32c::crc32c(&slot[4..]) != crc {
+                return damaged(format!("a row of table {:?} does not match its checksum", self.object.spec.name));
+            }
+            let (key, row) = slot[HEAD..].split_at(self.key());
+            look(key, &row[..self.item()])?;
+        }
+        Ok(())
+    }
+
     /// Copy the slots whose numbers are given. Raises `Usage`.
     pub fn gather(&self, frame: &Frame, slots: impl ExactSizeIterator<Item = u64>, out: &mut [u8]) -> Result<()> {
         let stride = self.object.stride;

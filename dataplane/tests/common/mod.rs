@@ -78,6 +78,7 @@ impl Segments {
             generation: GENERATION,
             rights,
             gate: (role == Role::Server).then(|| (self.gate.as_fd(), 0)),
+            arena: None,
         };
         let (core, tx, rx) = channel::open(&grant)?;
         Ok(End { core, tx, rx })

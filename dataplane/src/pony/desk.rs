@@ -1,0 +1,348 @@
+//! What each command of an application does.
+
+use std::collections::HashMap;
+
+use super::command::{
+    answer, Access, Burst, Head, Kind, Piece, Reader, Short, Single, Status, ANSWER, HEAD, INLINE, NAME,
+};
+use super::memory::{self, Each, Numbers, Regions, Sink};
+use super::numbered::Numbered;
+use super::outbox::Outbox;
+use super::rows::{Connection, Name, SMALL};
+use super::space::Space;
+use super::transfers::{End, Transfers};
+use crate::layout::INLINE_MAX;
+use crate::segment::Mapping;
+use crate::state::{Frame, ObjectSpec, Result, Segment};
+
+/// Operations of one burst.
+const BURST: usize = 1 << 16;
+
+/// What a command came to: the value of its completion. `None`: that comes later.
+type Outcome = std::result::Result<Option<u64>, Status>;
+
+/// A command as it came: its first bytes, and where the rest is when it is a long one.
+pub struct Order<'a> {
+    pub channel: u64,
+    pub tag: u64,
+    pub bytes: &'a [u8],
+    /// The client's pool, where the message begins, and how long it is.
+    pub pooled: Option<(&'a Mapping, usize, usize)>,
+}
+
+#[derive(Default)]
+pub struct Desk {
+    names: Numbered<Name>,
+    by_name: HashMap<Vec<u8>, u32>,
+    pub connections: Numbered<Connection>,
+    pub space: Space,
+    pub outbox: Outbox,
+    pub transfers: Transfers,
+}
+
+impl Desk {
+    pub fn objects() -> Vec<ObjectSpec> {
+        use super::rows::{Region, Transfer, Waiting};
+        vec![
+            Numbered::<Name>::object(),
+            Numbered::<Connection>::object(),
+            Numbered::<Region>::object(),
+            Numbered::<Waiting>::object(),
+            Numbered::<Transfer>::object(),
+        ]
+    }
+
+    /// Raises `Schema`, `Damaged`.
+    pub fn adopt(frame: &Frame) -> Result<Desk> {
+        let names = Numbered::<Name>::adopt(frame)?;
+        let by_name = names.iter().map(|(number, name)| (name.text.clone(), number)).collect();
+        Ok(Desk {
+            names,
+            by_name,
+            connections: Numbered::adopt(frame)?,
+            space: Space { regions: Numbered::adopt(frame)?, ..Space::default() },
+            outbox: Outbox::adopt(frame)?,
+            transfers: Transfers::adopt(frame)?,
+        })
+    }
+
+    /// Carry a command out; what is to be said to its sender is appended to `reply`, nothing when that comes later. Raises
+    /// `Full` when the state has no room.
+    pub fn serve(&mut self, segment: &mut Segment, order: &Order<'_>, reply: &mut Vec<u8>) -> Result<()> {
+        let mut reader = Reader::new(order.bytes);
+        let Ok(Some(head)) = reader.head() else {
+            reply.extend_from_slice(&answer(Kind::Close, Status::Bad, 0, 0, 0));
+            return Ok(());
+        };
+        reply.resize(ANSWER, 0);
+        let outcome = match self.obey(segment, order, head, reader, reply) {
+            Ok(outcome) => outcome?,
+            Err(Short) => Err(Status::Bad),
+        };
+        let (status, value) = match outcome {
+            Ok(Some(value)) => (Status::Ok, value),
+            Ok(None) => {
+                reply.clear();
+                return Ok(());
+            }
+            Err(status) => {
+                // For a burst: how many were done before.
+                let done = std::mem::take(&mut self.transfers.partial);
+                reply.truncate(ANSWER);
+                (status, done)
+            }
+        };
+        let connection = if head.kind == Kind::Connect { value as u32 } else { head.connection };
+        reply[..ANSWER].copy_from_slice(&answer(head.kind, status, head.stream, connection, value));
+        Ok(())
+    }
+
+    /// The completion of a command that found no room in the state.
+    pub fn full(&mut self, order: &Order<'_>, reply: &mut Vec<u8>) {
+        reply.clear();
+        if let Ok(Some(head)) = Reader::new(order.bytes).head() {
+            reply.extend_from_slice(&answer(head.kind, Status::Full, head.stream, head.connection, 0));
+        }
+    }
+
+    fn obey(
+        &mut self,
+        segment: &mut Segment,
+        order: &Order<'_>,
+        head: Head,
+        reader: Reader<'_>,
+        reply: &mut Vec<u8>,
+    ) -> std::result::Result<Result<Outcome>, Short> {
+        let mut reader = reader;
+        Ok(match head.kind {
+            Kind::Bind => self.bind(segment, order.channel, reader.rest()),
+            Kind::Connect => self.connect(segment, order.channel, reader.rest()),
+            Kind::Close => self.close(segment, order.channel, head.connection),
+            Kind::Send => Ok(self.send(order.channel, head, reader.rest())),
+            Kind::SendArena => self.offer(segment, order, head, reader.piece()?, false),
+            Kind::Post => self.offer(segment, order, head, reader.piece()?, true),
+            Kind::Register => {
+                let (piece, rights) = (reader.piece()?, reader.u32()?);
+                match self.own(order.channel, head.connection) {
+                    Err(status) if head.connection != 0 => Ok(Err(status)),
+                    _ => some(self.space.register(segment, order.channel, head.connection, piece, rights)),
+                }
+            }
+            Kind::Release => some(self.space.release(segment, order.channel, reader.handle()?)),
+            Kind::Reads => Ok(self.burst(order, head, &mut reader, Each::Read, 8)?),
+            Kind::Writes => Ok(self.burst(order, head, &mut reader, Each::Write, 8)?),
+            Kind::Indirects => Ok(self.burst(order, head, &mut reader, Each::Indirect, 4)?),
+            kind => {
+                let (single, from) = Single::parse(kind, reader)?;
+                Ok(self.access(order.channel, head, &single, from, reply))
+            }
+        })
+    }
+
+    /// The caller's end of a connection.
+    fn own(&self, channel: u64, connection: u32) -> std::result::Result<Connection, Status> {
+        let found = self.connections.get(connection).filter(|found| found.channel == channel);
+        found.copied().ok_or(Status::NoConnection)
+    }
+
+    /// The peer's end, with its number.
+    fn peer(&self, channel: u64, connection: u32) -> std::result::Result<(u32, Connection), Status> {
+        let own = self.own(channel, connection)?;
+        let peer = self.connections.get(own.peer).copied().ok_or(Status::Closed)?;
+        Ok((own.peer, peer))
+    }
+
+    // -- names and connections ------------------------------------------------------------------------------
+
+    fn bind(&mut self, segment: &mut Segment, channel: u64, name: &[u8]) -> Result<Outcome> {
+        if name.is_empty() || name.len() > NAME || name.contains(&b'/') {
+            return Ok(Err(Status::Bad));
+        }
+        if self.by_name.contains_key(name) {
+            return Ok(Err(Status::Taken));
+        }
+        let number = self.names.insert(segment, Name { channel, text: name.to_vec() })?;
+        self.by_name.insert(name.to_vec(), number);
+        Ok(Ok(Some(0)))
+    }
+
+    fn connect(&mut self, segment: &mut Segment, channel: u64, name: &[u8]) -> Result<Outcome> {
+        let Some(name) = self.by_name.get(name).and_then(|number| self.names.get(*number)) else {
+            return Ok(Err(Status::NoPeer));
+        };
+        let (owner, text) = (name.channel, name.text.clone());
+        let own = self.connections.insert(segment, Connection { channel, peer: 0 })?;
+        let peer = self.connections.insert(segment, Connection { channel: owner, peer: own })?;
+        self.connections.update(segment, own, |connection| connection.peer = peer)?;
+        self.outbox.put(owner, peer, 0, &answer(Kind::Connected, Status::Ok, 0, peer, 0), &text);
+        Ok(Ok(Some(u64::from(own))))
+    }
+
+    fn close(&mut self, segment: &mut Segment, channel: u64, connection: u32) -> Result<Outcome> {
+        match self.own(channel, connection) {
+            Ok(_) => self.part(segment, connection).map(|()| Ok(Some(0))),
+            Err(status) => Ok(Err(status)),
+        }
+    }
+
+    /// End a connection, and tell the other end.
+    fn part(&mut self, segment: &mut Segment, connection: u32) -> Result<()> {
+        let Some(own) = self.connections.remove(segment, connection)? else { return Ok(()) };
+        let own_end = End { number: connection, channel: own.channel };
+        let peer = self.connections.get(own.peer).copied();
+        let peer_end = peer.map(|peer| End { number: own.peer, channel: peer.channel });
+        self.transfers.end(segment, own_end, peer_end, &mut self.outbox)?;
+        if let (Some(peer), Some(peer_end)) = (peer, peer_end) {
+            self.transfers.end(segment, peer_end, Some(own_end), &mut self.outbox)?;
+            self.connections.update(segment, own.peer, |peer| peer.peer = 0)?;
+            let gone = answer(Kind::Closed, Status::Closed, 0, own.peer, 0);
+            self.outbox.put(peer.channel, own.peer, 0, &gone, &[]);
+        }
+        Ok(())
+    }
+
+    /// Channels that are no more: all but `present`.
+    pub fn keep(&mut self, segment: &mut Segment, present: impl Fn(u64) -> bool) -> Result<()> {
+        let names: Vec<u32> = self.names.iter().filter(|(_, name)| !present(name.channel)).map(|(n, _)| n).collect();
+        for number in names {
+            if let Some(name) = self.names.remove(segment, number)? {
+                self.by_name.remove(&name.text);
+            }
+        }
+        let ends: Vec<(u32, u64)> = self
+            .connections
+            .iter()
+            .filter(|(_, end)| !present(end.channel))
+            .map(|(number, end)| (number, end.channel))
+            .collect();
+        for (number, channel) in ends {
+            self.part(segment, number)?;
+            self.outbox.forget(segment, channel)?;
+        }
+        let regions: Vec<u32> =
+            self.space.regions.iter().filter(|(_, region)| !present(region.channel)).map(|(n, _)| n).collect();
+        for number in regions {
+            self.space.regions.remove(segment, number)?;
+        }
+        self.space.arenas.retain(|channel, _| present(*channel));
+        Ok(())
+    }
+
+    // -- messages -------------------------------------------------------------------------------------------
+
+    fn send(&mut self, channel: u64, head: Head, bytes: &[u8]) -> Outcome {
+        let (number, peer) = self.peer(channel, head.connection)?;
+        if bytes.len() > SMALL {
+            return Err(Status::TooLong);
+        }
+        if !self.outbox.may_hold(number) {
+            return Err(Status::Full);
+        }
+        let first = answer(Kind::Message, Status::Ok, head.stream, number, bytes.len() as u64);
+        self.outbox.put(peer.channel, number, 0, &first, bytes);
+        Ok(Some(bytes.len() as u64))
+    }
+
+    /// A large message in the sender's arena, or a place for one in the receiver's.
+    fn offer(
+        &mut self,
+        segment: &mut Segment,
+        order: &Order<'_>,
+        head: Head,
+        piece: Piece,
+        posted: bool,
+    ) -> Result<Outcome> {
+        if let Err(status) = self.space.range(order.channel, piece) {
+            return Ok(Err(status));
+        }
+        let receiver = match (posted, self.peer(order.channel, head.connection)) {
+            (true, Ok(_)) => head.connection,
+            (false, Ok((number, _))) => number,
+            (_, Err(status)) => return Ok(Err(status)),
+        };
+        let taken = self.transfers.add(segment, receiver, head.stream, posted, order.tag, piece)?;
+        Ok(if taken { Ok(None) } else { Err(Status::Full) })
+    }
+
+    // -- one-sided operations -------------------------------------------------------------------------------
+
+    fn access(
+        &self,
+        channel: u64,
+        head: Head,
+        single: &Single<'_>,
+        from: Option<Piece>,
+        reply: &mut Vec<u8>,
+    ) -> Outcome {
+        let (number, peer) = self.peer(channel, head.connection)?;
+        let seen = self.space.seen(peer.channel, number);
+        let place = seen.find(single.region)?;
+        if let Some(from) = from {
+            let Access::Write { at, .. } = single.access else { return Err(Status::Bad) };
+            let (own, range) = self.space.range(channel, from)?;
+            let own = own.arena().ok_or(Status::OutOfRange)?;
+            return place.write_from(at, own, range).map(Some);
+        }
+        let mut sink = if single.into == INLINE {
+            // A completion always fits the ring, for there is no going back once the operation is done.
+            if single.access.brings() > (INLINE_MAX - ANSWER) as u64 {
+                return Err(Status::TooLong);
+            }
+            Sink::Message(reply)
+        } else {
+            let piece = Piece { offset: single.into, len: single.access.brings() };
+            let (own, range) = self.space.range(channel, piece)?;
+            Sink::Arena { arena: own.arena().ok_or(Status::OutOfRange)?, at: range.start }
+        };
+        place.access(single.access, &seen, &mut sink).map(Some)
+    }
+
+    fn burst(
+        &mut self,
+        order: &Order<'_>,
+        head: Head,
+        reader: &mut Reader<'_>,
+        each: Each,
+        width: usize,
+    ) -> std::result::Result<Outcome, Short> {
+        let burst = Burst::parse(reader)?;
+        let count = burst.count as usize;
+        if count > BURST {
+            return Ok(Err(Status::TooLong));
+        }
+        let Some((memory, start, len)) = order.pooled else { return Ok(Err(Status::Bad)) };
+        let at = start + HEAD + Burst::BYTES;
+        if count.checked_mul(width).is_none_or(|bytes| bytes != len - HEAD - Burst::BYTES) {
+            return Ok(Err(Status::Bad));
+        }
+        let numbers = Numbers { memory, at, width };
+        let outcome = self.burst_of(order.channel, head, &burst, each, &numbers);
+        Ok(outcome.and_then(|(done, status)| {
+            if status == Status::Ok {
+                return Ok(Some(done as u64));
+            }
+            self.transfers.partial = done as u64;
+            Err(status)
+        }))
+    }
+
+    fn burst_of(
+        &self,
+        channel: u64,
+        head: Head,
+        burst: &Burst,
+        each: Each,
+        numbers: &Numbers<'_>,
+    ) -> std::result::Result<(usize, Status), Status> {
+        let (number, peer) = self.peer(channel, head.connection)?;
+        let seen = self.space.seen(peer.channel, number);
+        let place = seen.find(burst.region)?;
+        let piece = Piece { offset: burst.into, len: u64::from(burst.size) * u64::from(burst.count) };
+        let (own, range) = self.space.range(channel, piece)?;
+        Ok(memory::burst(each, place, &seen, numbers, (own, range.start), burst.size, burst.count as usize))
+    }
+}
+
+fn some(outcome: Result<std::result::Result<u64, Status>>) -> Result<Outcome> {
+    outcome.map(|outcome| outcome.map(Some))
+}

@@ -1,0 +1,129 @@
+//! Things with numbers: in memory for speed, and in a table of the state, where they are found again after an upgrade
+//! or a crash.
+
+use crate::state::{Frame, Kind, ObjectSpec, Result, Segment, StateError, Table};
+
+/// What `Numbered` holds, and how a row of its table looks.
+pub trait Row: Sized {
+    const TABLE: &'static str;
+    /// Bytes of a row.
+    const BYTES: usize;
+    /// The most that there can be.
+    const COUNT: usize;
+    /// For inspection: names and types of the fields, as JSON.
+    const FIELDS: &'static str;
+
+    fn write(&self, row: &mut [u8]);
+    /// None when the bytes can be no row.
+    fn read(row: &[u8]) -> Option<Self>;
+}
+
+pub struct Numbered<T> {
+    items: Vec<Option<T>>,
+    free: Vec<u32>,
+    table: Option<Table>,
+}
+
+/// The smallest number that is given: 0 means none.
+const FIRST: u32 = 1;
+
+impl<T> Default for Numbered<T> {
+    fn default() -> Self {
+        Numbered { items: (0..FIRST).map(|_| None).collect(), free: Vec::new(), table: None }
+    }
+}
+
+impl<T: Row> Numbered<T> {
+    pub fn object() -> ObjectSpec {
+        ObjectSpec {
+            kind: Kind::Table,
+            name: T::TABLE.into(),
+            key: 8,
+            item: T::BYTES,
+            count: T::COUNT,
+            fields: T::FIELDS.into(),
+        }
+    }
+
+    /// Everything that the state has. Raises `Schema`, `Damaged`.
+    pub fn adopt(frame: &Frame) -> Result<Numbered<T>> {
+        let table = Table::of(frame, T::TABLE)?;
+        let mut found = Numbered::default();
+        table.each(frame, |key, row| {
+            let number = <[u8; 8]>::try_from(key).map(u64::from_le_bytes).unwrap_or(u64::MAX);
+            let item = T::read(row).filter(|_| number < T::COUNT as u64 && number >= u64::from(FIRST));
+            let item =
+                item.ok_or_else(|| StateError::Damaged(format!("a row of table {:?} makes no sense", T::TABLE)))?;
+            let number = number as usize;
+            if found.items.len() <= number {
+                found.items.resize_with(number + 1, || None);
+            }
+            found.items[number] = Some(item);
+            Ok(())
+        })?;
+        found.free =
+            (FIRST..found.items.len() as u32).rev().filter(|number| found.items[*number as usize].is_none()).collect();
+        found.table = Some(table);
+        Ok(found)
+    }
+
+    #[inline]
+    pub fn get(&self, number: u32) -> Option<&T> {
+        self.items.get(number as usize)?.as_ref()
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (u32, &T)> {
+        self.items.iter().enumerate().filter_map(|(number, item)| Some((number as u32, item.as_ref()?)))
+    }
+
+    /// How many more there can be.
+    pub fn left(&self) -> usize {
+        T::COUNT - self.items.len().max(FIRST as usize) + self.free.len()
+    }
+
+    /// The number of a new item. Raises `Full`.
+    pub fn insert(&mut self, segment: &mut Segment, item: T) -> Result<u32> {
+        let number = self.free.last().copied().unwrap_or(self.items.len() as u32);
+        if number as usize >= T::COUNT {
+            return Err(StateError::Full(format!("there are {} {} already", T::COUNT, T::TABLE)));
+        }
+        self.store(segment, number, &item)?;
+        self.free.pop();
+        if number as usize == self.items.len() {
+            self.items.push(None);
+        }
+        self.items[number as usize] = Some(item);
+        Ok(number)
+    }
+
+    /// Change an item that is there. Raises `Full`.
+    pub fn update(&mut self, segment: &mut Segment, number: u32, change: impl FnOnce(&mut T)) -> Result<()> {
+        let Some(item) = self.items.get_mut(number as usize).and_then(Option::as_mut) else { return Ok(()) };
+        change(item);
+        let mut row = vec![0; T::BYTES];
+        item.write(&mut row);
+        self.put(segment, number, &row)
+    }
+
+    pub fn remove(&mut self, segment: &mut Segment, number: u32) -> Result<Option<T>> {
+        let Some(item) = self.items.get_mut(number as usize).and_then(Option::take) else { return Ok(None) };
+        self.free.push(number);
+        if let Some(table) = &self.table {
+            table.delete(segment, &u64::from(number).to_le_bytes())?;
+        }
+        Ok(Some(item))
+    }
+
+    fn store(&self, segment: &mut Segment, number: u32, item: &T) -> Result<()> {
+        let mut row = vec![0; T::BYTES];
+        item.write(&mut row);
+        self.put(segment, number, &row)
+    }
+
+    fn put(&self, segment: &mut Segment, number: u32, row: &[u8]) -> Result<()> {
+        match &self.table {
+            Some(table) => table.put(segment, &u64::from(number).to_le_bytes(), row),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! Messages to applications other than the one whose command is being served. Those that find no room wait in the state,
+//! in order; nobody else waits for them.
+
+use std::collections::{HashMap, VecDeque};
+
+use super::numbered::Numbered;
+use super::rows::Waiting;
+use crate::channel::Tx;
+use crate::engine::Channels;
+use crate::error::Error;
+use crate::state::{Frame, Result, Segment};
+
+/// Messages of one connection that may wait.
+pub const CREDITS: u32 = 64;
+/// Bytes of messages in one poll.
+const BYTES: usize = 128 * 1024;
+/// Rows for what is said besides.
+const MARGIN: usize = 256;
+
+#[derive(Default)]
+pub struct Outbox {
+    waiting: Numbered<Waiting>,
+    /// Of each channel, the numbers of what waits for it.
+    queues: HashMap<u64, VecDeque<u32>>,
+    /// Of each connection, how many wait, or are about to be delivered.
+    held: HashMap<u32, u32>,
+    order: u64,
+    parcels: Vec<Parcel>,
+    bytes: Vec<u8>,
+}
+
+struct Parcel {
+    channel: u64,
+    connection: u32,
+    tag: u64,
+    start: usize,
+    len: usize,
+}
+
+impl Outbox {
+    /// Raises `Schema`, `Damaged`.
+    pub fn adopt(frame: &Frame) -> Result<Outbox> {
+        let waiting = Numbered::<Waiting>::adopt(frame)?;
+        let mut found: Vec<_> =
+            waiting.iter().map(|(number, item)| (item.order, item.channel, item.connection, number)).collect();
+        found.sort_unstable();
+        let mut outbox = Outbox { waiting, ..Outbox::default() };
+        for (order, channel, connection, number) in found {
+            outbox.order = order;
+            outbox.queues.entry(channel).or_default().push_back(number);
+            *outbox.held.entry(connection).or_default() += 1;
+        }
+        Ok(outbox)
+    }
+
+    /// Whether another message may be put: each poll fits the undo log, and what finds no room finds a row.
+    pub fn has_room(&self) -> bool {
+        self.bytes.len() < BYTES && self.waiting.left() > self.parcels.len() + MARGIN
+    }
+
+    /// Whether a connection may have another message on its way.
+    pub fn may_hold(&self, connection: u32) -> bool {
+        self.held.get(&connection).is_none_or(|held| *held < CREDITS)
+    }
+
+    /// Have `head` and `body` delivered as one message, over `connection` (the receiver's end).
+    pub fn put(&mut self, channel: u64, connection: u32, tag: u64, head: &[u8], body: &[u8]) {
+        let start = self.bytes.len();
+        self.bytes.extend_from_slice(head);
+        self.bytes.extend_from_slice(body);
+        *self.held.entry(connection).or_default() += 1;
+        self.parcels.push(Parcel { channel, connection, tag, start, len: head.len() + body.len() });
+    }
+
+    /// Deliver what finds room, first what has waited; how much was. Raises `Full`.
+    pub fn deliver(&mut self, channels: &mut Channels, segment: &mut Segment) -> Result<usize> {
+        let mut done = 0;
+        if !self.queues.is_empty() {
+            for channel in channels.iter_mut() {
+                done += self.retry(channel.id, &mut channel.tx, segment)?;
+            }
+        }
+        let parcels = std::mem::take(&mut self.parcels);
+        for parcel in &parcels {
+            let bytes = &self.bytes[parcel.start..parcel.start + parcel.len];
+            // Nobody overtakes.
+            let free = !self.queues.contains_key(&parcel.channel);
+            let target = channels.iter_mut().find(|channel| channel.id == parcel.channel);
+            match target.map(|channel| if free { put(&mut channel.tx, parcel.tag, bytes) } else { Ok(false) }) {
+                Some(Ok(true)) => {
+                    done += 1;
+                    self.settle(parcel.connection);
+                }
+                Some(Ok(false)) => self.keep(segment, parcel)?,
+                // Its next turn says what is wrong with it.
+                Some(Err(_)) | None => self.settle(parcel.connection),
+            }
+        }
+        self.parcels = parcels;
+        self.parcels.clear();
+        self.bytes.clear();
+        Ok(done)
+    }
+
+    fn retry(&mut self, channel: u64, tx: &mut Tx, segment: &mut Segment) -> Result<usize> {
+        let Some(queue) = self.queues.get_mut(&channel) else { return Ok(0) };
+        let mut done = 0;
+        while let Some(number) = queue.front().copied() {
+            let Some(item) = self.waiting.get(number) else { break };
+            if !matches!(put(tx, item.tag, &item.bytes), Ok(true)) {
+                return Ok(done);
+            }
+            queue.pop_front();
+            let connection = item.connection;
+            self.waiting.remove(segment, number)?;
+            release(&mut self.held, connection);
+            done += 1;
+        }
+        self.queues.remove(&channel);
+        Ok(done)
+    }
+
+    fn keep(&mut self, segment: &mut Segment, parcel: &Parcel) -> Result<()> {
+        self.order += 1;
+        let bytes = self.bytes[parcel.start..parcel.start + parcel.len].to_vec();
+        let (channel, connection, tag) = (parcel.channel, parcel.connection, parcel.tag);
+        let number = self.waiting.insert(segment, Waiting { channel, order: self.order, connection, tag, bytes })?;
+        self.queues.entry(channel).or_default().push_back(number);
+        Ok(())
+    }
+
+    fn settle(&mut self, connection: u32) {
+        release(&mut self.held, connection);
+    }
+
+    /// The channel is no more.
+    pub fn forget(&mut self, segment: &mut Segment, channel: u64) -> Result<()> {
+        for number in self.queues.remove(&channel).unwrap_or_default() {
+            if let Some(item) = self.waiting.remove(segment, number)? {
+                release(&mut self.held, item.connection);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn release(held: &mut HashMap<u32, u32>, connection: u32) {
+    if let Some(count) = held.get_mut(&connection) {
+        *count -= 1;
+        if *count == 0 {
+            held.remove(&connection);
+        }
+    }
+}
+
+/// False when there is no room. A channel that is at its end raises why.
+fn put(tx: &mut Tx, tag: u64, bytes: &[u8]) -> std::result::Result<bool, Error> {
+    tx.check()?;
+    match tx.put(tag, bytes) {
+        Ok(()) => Ok(true),
+        Err(Error::Full) => Ok(false),
+        Err(error) => Err(error),
+    }
+}

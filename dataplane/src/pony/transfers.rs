@@ -1,0 +1,179 @@
+//! Large messages: they wait in the sender's arena until the receiver has posted a place, and are copied there piece by
+//! piece, so that nobody else waits for them.
+
+use std::collections::{HashMap, VecDeque};
+
+use super::command::{answer, Kind, Piece, Status};
+use super::memory;
+use super::numbered::Numbered;
+use super::outbox::Outbox;
+use super::rows::{Connection, Transfer};
+use super::space::Space;
+use crate::state::{Frame, Result, Segment};
+
+/// Bytes that are copied in one poll.
+const CHUNK: u64 = 512 * 1024;
+/// Messages, or places, of one connection.
+const MOST: usize = 64;
+
+#[derive(Default)]
+pub struct Transfers {
+    items: Numbered<Transfer>,
+    /// By the receiver's end of a connection.
+    queues: HashMap<u32, Queue>,
+    order: u64,
+    /// Of the burst that just failed: how many of its operations were done.
+    pub partial: u64,
+}
+
+#[derive(Default)]
+struct Queue {
+    messages: VecDeque<u32>,
+    places: VecDeque<u32>,
+}
+
+impl Queue {
+    fn of(&mut self, posted: bool) -> &mut VecDeque<u32> {
+        if posted {
+            &mut self.places
+        } else {
+            &mut self.messages
+        }
+    }
+}
+
+/// One end of a connection: its number, and its application's channel.
+#[derive(Clone, Copy)]
+pub struct End {
+    pub number: u32,
+    pub channel: u64,
+}
+
+impl Transfers {
+    /// Raises `Schema`, `Damaged`.
+    pub fn adopt(frame: &Frame) -> Result<Transfers> {
+        let items = Numbered::<Transfer>::adopt(frame)?;
+        let mut found: Vec<_> = items.iter().map(|(number, item)| (item.order, number, *item)).collect();
+        found.sort_unstable_by_key(|(order, ..)| *order);
+        let mut transfers = Transfers { items, ..Transfers::default() };
+        for (order, number, item) in found {
+            transfers.order = order;
+            transfers.queues.entry(item.connection).or_default().of(item.posted).push_back(number);
+        }
+        Ok(transfers)
+    }
+
+    /// False when the connection has too many already. Raises `Full`.
+    pub fn add(
+        &mut self,
+        segment: &mut Segment,
+        connection: u32,
+        stream: u16,
+        posted: bool,
+        tag: u64,
+        piece: Piece,
+    ) -> Result<bool> {
+        let queue = self.queues.entry(connection).or_default().of(posted);
+        if queue.len() >= MOST {
+            return Ok(false);
+        }
+        self.order += 1;
+        let order = self.order;
+        let item = Transfer { connection, stream, posted, order, tag, piece, done: 0 };
+        queue.push_back(self.items.insert(segment, item)?);
+        Ok(true)
+    }
+
+    /// Copy what can be copied; how many bytes and completions that was.
+    pub fn work(
+        &mut self,
+        segment: &mut Segment,
+        connections: &Numbered<Connection>,
+        space: &Space,
+        outbox: &mut Outbox,
+    ) -> Result<usize> {
+        let mut done = 0;
+        let mut left = CHUNK;
+        let pairs: Vec<(u32, u32, u32)> = self
+            .queues
+            .iter()
+            .filter_map(|(end, queue)| Some((*end, *queue.messages.front()?, *queue.places.front()?)))
+            .collect();
+        for (number, message, place) in pairs {
+            let Some(to) = connections.get(number).map(|own| (End { number, channel: own.channel }, own.peer)) else {
+                continue;
+            };
+            let (to, peer) = to;
+            let Some(from) = connections.get(peer).map(|own| End { number: peer, channel: own.channel }) else {
+                continue;
+            };
+            done += self.step(segment, (from, message), (to, place), space, outbox, &mut left)?;
+        }
+        Ok(done)
+    }
+
+    fn step(
+        &mut self,
+        segment: &mut Segment,
+        (from, message): (End, u32),
+        (to, place): (End, u32),
+        space: &Space,
+        outbox: &mut Outbox,
+        left: &mut u64,
+    ) -> Result<usize> {
+        let (Some(sent), Some(posted)) = (self.items.get(message).copied(), self.items.get(place).copied()) else {
+            return Ok(0);
+        };
+        if sent.piece.len > posted.piece.len {
+            self.finish(segment, to.number, message, false)?;
+            say(outbox, from, &sent, Kind::SendArena, Status::TooLong, posted.piece.len);
+            return Ok(1);
+        }
+        let len = (sent.piece.len - sent.done).min(*left);
+        let source = space.range(from.channel, Piece { offset: sent.piece.offset + sent.done, len });
+        let target = space.range(to.channel, Piece { offset: posted.piece.offset + sent.done, len });
+        let (Ok((source, read)), Ok((target, written))) = (source, target) else { return Ok(0) };
+        if let (Some(source), Some(target)) = (source.arena(), target.arena()) {
+            memory::copy(target, written.start, source, read.start, len as usize);
+        }
+        *left -= len;
+        if sent.done + len < sent.piece.len {
+            self.items.update(segment, message, |item| item.done += len)?;
+            return Ok(usize::from(len > 0));
+        }
+        self.finish(segment, to.number, message, false)?;
+        self.finish(segment, to.number, place, true)?;
+        say(outbox, from, &sent, Kind::SendArena, Status::Ok, sent.piece.len);
+        let arrived = Transfer { stream: sent.stream, ..posted };
+        say(outbox, to, &arrived, Kind::Posted, Status::Ok, sent.piece.len);
+        Ok(1)
+    }
+
+    fn finish(&mut self, segment: &mut Segment, connection: u32, number: u32, posted: bool) -> Result<()> {
+        if let Some(queue) = self.queues.get_mut(&connection) {
+            queue.of(posted).pop_front();
+            if queue.messages.is_empty() && queue.places.is_empty() {
+                self.queues.remove(&connection);
+            }
+        }
+        self.items.remove(segment, number).map(drop)
+    }
+
+    /// The connection is no more: everything that waits at the receiver's end `to` ends.
+    pub fn end(&mut self, segment: &mut Segment, to: End, from: Option<End>, outbox: &mut Outbox) -> Result<()> {
+        let Some(queue) = self.queues.remove(&to.number) else { return Ok(()) };
+        for number in queue.messages.into_iter().chain(queue.places) {
+            let Some(item) = self.items.remove(segment, number)? else { continue };
+            if item.posted {
+                say(outbox, to, &item, Kind::Posted, Status::Closed, 0);
+            } else if let Some(from) = from {
+                say(outbox, from, &item, Kind::SendArena, Status::Closed, 0);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn say(outbox: &mut Outbox, end: End, item: &Transfer, kind: Kind, status: Status, value: u64) {
+    outbox.put(end.channel, end.number, item.tag, &answer(kind, status, item.stream, end.number, value), &[]);
+}

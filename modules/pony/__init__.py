@@ -1,0 +1,1 @@
+"""Pony Express: messages and one-sided operations between applications."""
