@@ -10,6 +10,9 @@ use crate::state::{self, Schema, Segment, StateError};
 /// The longest command that is looked at whole: one more than a small message may have, to see that it is too long.
 const LONGEST: usize = HEAD + 64 + SMALL;
 
+/// The tag of a command and, of a long one, offset and length in the client's pool.
+type Next = (u64, Option<(usize, usize)>);
+
 #[derive(Default)]
 pub struct Pony {
     desk: Desk,
@@ -30,67 +33,87 @@ impl Engine for Pony {
         Ok(())
     }
 
-    fn poll(&mut self, channels: &mut Channels, state: &mut Segment, budget: usize) -> usize {
+    fn poll(&mut self, channels: &mut Channels, state: &mut Segment, budget: usize) -> state::Result<usize> {
         if self.known != Some(channels.version()) {
-            self.follow(channels, state);
+            self.follow(channels, state)?;
         }
-        let done = channels.each(budget, |channel, budget| self.serve(channel, state, budget));
+        let mut failed = None;
+        let done = channels.each(budget, |channel, budget| match self.serve(channel, state, budget) {
+            Ok(done) => done,
+            Err(error) => {
+                failed = Some(error);
+                Ok(0)
+            }
+        });
+        if let Some(error) = failed {
+            return Err(error);
+        }
         let Desk { transfers, connections, space, outbox, .. } = &mut self.desk;
-        let moved = sure(transfers.work(state, connections, space, outbox));
-        done + moved + sure(outbox.deliver(channels, state))
+        let moved = transfers.work(state, connections, space, outbox)?;
+        Ok(done + moved + outbox.deliver(channels, state)?)
     }
-}
-
-/// What cannot be stored must not be done by halves: the poll is given up, and whoever comes next repeats it.
-fn sure<T>(outcome: state::Result<T>) -> T {
-    outcome.unwrap_or_else(|error| panic!("the state cannot be written: {error}"))
 }
 
 impl Pony {
     /// Channels came or went.
-    fn follow(&mut self, channels: &mut Channels, state: &mut Segment) {
+    fn follow(&mut self, channels: &mut Channels, state: &mut Segment) -> state::Result<()> {
         self.known = Some(channels.version());
         let present: std::collections::HashSet<u64> = channels.iter_mut().map(|channel| channel.id).collect();
-        sure(self.desk.keep(state, |channel| present.contains(&channel)));
+        self.desk.keep(state, |channel| present.contains(&channel))?;
         for channel in channels.iter_mut() {
             self.desk.space.arenas.entry(channel.id).or_insert_with(|| channel.rx.core().clone());
         }
+        Ok(())
     }
 
-    fn serve(&mut self, channel: &mut Channel, state: &mut Segment, budget: usize) -> Result<usize> {
-        channel.rx.check()?;
-        channel.tx.check()?;
-        let core = channel.rx.core().clone();
+    /// What the application did wrong ends its channel; what is wrong with the state ends the poll.
+    fn serve(&mut self, channel: &mut Channel, state: &mut Segment, budget: usize) -> state::Result<Result<usize>> {
         let mut done = 0;
         while done < budget && self.desk.outbox.has_room() {
-            let Some(header) = channel.rx.peek()? else { break };
-            if channel.tx.room()? == 0 {
-                break;
-            }
-            self.command.resize(header.len.min(LONGEST), 0);
-            let mut place = None;
-            if header.pooled {
-                let claimed = channel.rx.take_pooled(header)?;
-                if let Some(pool) = core.peer_pool() {
-                    pool.read(claimed.offset as usize, &mut self.command);
-                    place = Some((pool, claimed.offset as usize, header.len));
-                }
-                core.give_back(claimed.token);
-            } else {
-                channel.rx.take_into(header, &mut self.command)?;
-            }
-            let order = Order { channel: channel.id, tag: header.tag, bytes: &self.command, pooled: place };
+            let (tag, place) = match self.next(channel) {
+                Ok(Some(next)) => next,
+                Ok(None) => break,
+                Err(error) => return Ok(Err(error)),
+            };
+            let core = channel.rx.core();
+            let pooled = place.and_then(|(offset, len)| Some((core.peer_pool()?, offset, len)));
+            let order = Order { channel: channel.id, tag, bytes: &self.command, pooled };
             self.reply.clear();
             match self.desk.serve(state, &order, &mut self.reply) {
                 Ok(()) => {}
                 Err(StateError::Full(_)) => self.desk.full(&order, &mut self.reply),
-                Err(error) => return sure(Err(error)),
+                Err(error) => return Err(error),
             }
             if !self.reply.is_empty() {
-                channel.tx.put(header.tag, &self.reply)?;
+                if let Err(error) = channel.tx.put(tag, &self.reply) {
+                    return Ok(Err(error));
+                }
             }
             done += 1;
         }
-        Ok(done)
+        Ok(Ok(done))
+    }
+
+    /// Take the next command, if there is one and room for its completion: its tag, and where in the client's pool it is if
+    /// it is a long one. That memory is the client's again, who may change it while it is read.
+    fn next(&mut self, channel: &mut Channel) -> Result<Option<Next>> {
+        channel.rx.check()?;
+        channel.tx.check()?;
+        let Some(header) = channel.rx.peek()? else { return Ok(None) };
+        if channel.tx.room()? == 0 {
+            return Ok(None);
+        }
+        self.command.resize(header.len.min(LONGEST), 0);
+        if !header.pooled {
+            channel.rx.take_into(header, &mut self.command)?;
+            return Ok(Some((header.tag, None)));
+        }
+        let claimed = channel.rx.take_pooled(header)?;
+        let core = channel.rx.core();
+        if let Some(pool) = core.peer_pool() {
+            pool.read(claimed.offset as usize, &mut self.command);
+        }
+        core.give_back(claimed.token);
+        Ok(Some((header.tag, Some((claimed.offset as usize, header.len)))))
     }
 }
