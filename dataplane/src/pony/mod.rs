@@ -3,6 +3,7 @@
 pub mod command;
 mod desk;
 mod engine;
+pub mod flow;
 mod memory;
 mod numbered;
 mod outbox;
