@@ -374,20 +374,25 @@ class Worker:
         source: State | None = None,
         finish: Callable[[], object] | None = None,
         channels: Sequence[tuple[int, Endpoint, int]] = (),
+        fds: Sequence[int] = (),
     ) -> Self:
         """Begins to wait for ownership at once, with `channels` attached (see `attach`). `source`: see `Ledger.take`.
         `finish` is called once the ownership was got, on the engine's thread, before anything is taken over (the last
-        rows of a migration); what it raises refuses the state. semaphore -1: none (tests, benchmarks)."""
+        rows of a migration); what it raises refuses the state. semaphore -1: none (tests, benchmarks).
+        `fds` (sockets, say) are duplicated for the engine. Raises UsageError when it wants none."""
     def attach(self, channel: int, endpoint: Endpoint, line: int) -> None:
         """Move a server endpoint (consumed) to the engine through its mailbox, waiting or running."""
     def detach(self, channel: int) -> None: ...
+    def control(self, request: bytes) -> bytes:
+        """Have the engine answer a request between two polls. Raises NotRunningError when it does not run here, and
+        what the engine raises."""
     def hand_over(self, retire: bool = False) -> None:
         """Let go at the next poll boundary, then wait for ownership again, or end."""
     def take_news(self) -> list[tuple[str, int, Any]]:
         """Since the last call: ("fault", channel, reason), ("took", first_poll_ns, {"last_poll_ns", "undone"}),
         ("yielded", last_poll_ns, None), ("refused", held, (code, message)) for state that cannot be adopted
-        (held 0) or was found damaged in a poll (1: the ownership stays with the process),
-        ("ended", 0, error text or "")."""
+        (held 0) or was found damaged in a poll (1: the ownership stays with the process), ("said", 0, bytes) for what
+        the engine says of its own, ("ended", 0, error text or "")."""
     def fileno(self) -> int:
         """An eventfd that is rung when `take_news` has something."""
     @property

@@ -1,6 +1,6 @@
 //! Waiting for any of many channels: epoll over their doorbells, with the armed-flag protocol in front.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::{epoll, Timespec};
@@ -40,6 +40,13 @@ impl Poller {
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
         epoll::add(&self.epoll, bell.as_fd(), epoll::EventData::new_u64(1), flags)
             .map_err(|errno| Error::os("adding a channel to a poller", errno))
+    }
+
+    /// A descriptor of whatever kind: a sleep ends when it becomes readable or writable.
+    pub fn watch(&self, fd: BorrowedFd<'_>) -> Result<()> {
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
+        epoll::add(&self.epoll, fd, epoll::EventData::new_u64(2), flags)
+            .map_err(|errno| Error::os("adding a descriptor to a poller", errno))
     }
 
     pub fn remove(&self, bell: &Bell) {

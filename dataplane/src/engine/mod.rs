@@ -6,6 +6,9 @@ pub mod mailbox;
 mod meter;
 pub mod worker;
 
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::Duration;
+
 use crate::channel::{Rx, Tx};
 use crate::error::{Error, Result};
 use crate::ledger::{Line, Served};
@@ -152,6 +155,37 @@ pub trait Engine: Send {
     /// How long the oldest message has waited, in ns, as far as the engine knows.
     fn queueing_delay(&self) -> u64 {
         0
+    }
+
+    /// Sockets and the like that control code has for this engine; given once, before anything else is called.
+    fn equip(&mut self, fds: Vec<OwnedFd>) -> state::Result<()> {
+        if fds.is_empty() {
+            return Ok(());
+        }
+        Err(StateError::Usage("this engine wants no descriptors".into()))
+    }
+
+    /// Descriptors of its own that, when they become readable or writable, end the worker's sleep.
+    fn watched(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+
+    /// The worker wants to sleep: for how long it may at the most. Zero: there is something to do.
+    fn rest(&mut self) -> Duration {
+        Duration::MAX
+    }
+
+    /// The sleep that `rest` allowed is over.
+    fn wake(&mut self) {}
+
+    /// A request of control code, between two polls. An error goes to who asked, and is nothing else to the engine.
+    fn control(&mut self, _state: &mut Segment, _request: &[u8]) -> state::Result<Vec<u8>> {
+        Err(StateError::Usage("this engine takes no requests".into()))
+    }
+
+    /// Something to say to control code, if there is; asked after every poll.
+    fn say(&mut self) -> Option<Vec<u8>> {
+        None
     }
 }
 

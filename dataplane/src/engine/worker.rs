@@ -57,6 +57,8 @@ pub enum News {
         why: Refusal,
         held: bool,
     },
+    /// What the engine itself has to say.
+    Said(Vec<u8>),
     Ended(String),
 }
 
@@ -173,6 +175,9 @@ impl Worker {
     /// Begins to wait for the ownership at once; without one, the engine is owned.
     pub fn start(engine: Box<dyn Engine>, mut settings: Settings) -> Result<Worker> {
         let poller = Poller::new()?;
+        for fd in engine.watched() {
+            poller.watch(fd)?;
+        }
         let mut running =
             Running { engine, channels: Channels::default(), segment: settings.segment.clone(), owned: false };
         for channel in settings.channels.drain(..) {
@@ -235,6 +240,23 @@ impl Worker {
             }
         };
         self.post(Box::new(work), timeout)
+    }
+
+    /// Have the engine answer a request at its next poll boundary. None: it does not run here, or did not look into its
+    /// mailbox for `timeout`.
+    pub fn control(&self, request: Vec<u8>, timeout: Duration) -> Option<state::Result<Vec<u8>>> {
+        let (answer, answered) = std::sync::mpsc::sync_channel(1);
+        let work = move |running: &mut Running| {
+            if running.owned {
+                let mut segment = lock(&running.segment);
+                // Who asked may have gone.
+                let _ = answer.send(running.engine.control(&mut segment, &request));
+            }
+        };
+        if !self.post(Box::new(work), timeout) {
+            return None;
+        }
+        answered.recv_timeout(timeout).ok()
     }
 
     /// Let go at the next poll boundary, then wait for the ownership again or, with `retire`, end.
@@ -438,6 +460,9 @@ fn run(shared: &Shared, running: &mut Running, settings: &Settings, meter: &mut 
         }
         drop(held);
         report(shared, &mut running.channels);
+        while let Some(said) = running.engine.say() {
+            shared.tell(News::Said(said));
+        }
         if done > 0 {
             idle_since = None;
             meter.publish(settings, running.channels.len(), PUBLISH_EVERY);
@@ -469,8 +494,12 @@ fn idle(shared: &Shared, running: &mut Running, settings: &Settings, meter: &mut
         poller::idle(&mut channel.tx, &mut channel.rx, room)
     });
     if idle && !shared.mailbox.is_full() && !shared.leaving() {
-        shared.poller.sleep(None);
-        meter.wake();
+        let limit = running.engine.rest();
+        if !limit.is_zero() {
+            shared.poller.sleep(Some(limit));
+            meter.wake();
+        }
+        running.engine.wake();
     }
     running.channels.iter_mut().for_each(|channel| poller::lower(&channel.tx, &channel.rx));
 }

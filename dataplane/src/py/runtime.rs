@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyTuple};
+use pyo3::types::{PyBytes, PyDict, PyTuple};
 
 use super::endpoint::{borrow, Endpoint};
 use super::errors::{convert, raise};
@@ -181,7 +181,7 @@ impl Worker {
 #[pymethods]
 impl Worker {
     #[new]
-    #[pyo3(signature = (name, engine, state, semaphore, generation, stats_fd=-1, stats_index=0, budget=64, wait=1, source=None, finish=None, channels=Vec::new()))]
+    #[pyo3(signature = (name, engine, state, semaphore, generation, stats_fd=-1, stats_index=0, budget=64, wait=1, source=None, finish=None, channels=Vec::new(), fds=Vec::new()))]
     #[allow(clippy::too_many_arguments)] // One call per engine; the names are the documentation.
     fn new(
         py: Python<'_>,
@@ -197,8 +197,9 @@ impl Worker {
         source: Option<&State>,
         finish: Option<Py<PyAny>>,
         channels: Vec<(u64, Bound<'_, Endpoint>, usize)>,
+        fds: Vec<i32>,
     ) -> PyResult<Self> {
-        let made = make(py, engine)?;
+        let mut made = make(py, engine)?;
         if stats_index >= crate::stats::LINES || budget == 0 {
             return Err(PyValueError::new_err("stats_index or budget out of range"));
         }
@@ -214,6 +215,8 @@ impl Worker {
         }
         held.frame.check_writable().map_err(|error| state::convert(py, error))?;
         ledger::prefault(&held.frame);
+        let fds = fds.into_iter().map(|fd| Ok(borrow(fd)?.try_clone_to_owned()?)).collect::<PyResult<_>>()?;
+        made.equip(fds).map_err(|error| state::convert(py, error))?;
         let settings = worker::Settings {
             name,
             stats,
@@ -247,6 +250,14 @@ impl Worker {
             return Ok(());
         }
         Err(hangs(py))
+    }
+
+    fn control(&self, py: Python<'_>, request: &[u8]) -> PyResult<Vec<u8>> {
+        let request = request.to_vec();
+        match py.detach(|| self.worker().control(request, MAILBOX_TIMEOUT)) {
+            Some(answer) => answer.map_err(|error| state::convert(py, error)),
+            None => Err(raise(py, "NotRunningError", "the engine does not run in this process", "")),
+        }
     }
 
     #[pyo3(signature = (retire=false))]
@@ -303,6 +314,7 @@ fn tell<'py>(py: Python<'py>, news: News) -> PyResult<Bound<'py, PyTuple>> {
         News::Refused { why: Refusal { code, text }, held } => {
             ("refused", u64::from(held), (code, text)).into_pyobject(py)
         }
+        News::Said(said) => ("said", 0, PyBytes::new(py, &said)).into_pyobject(py),
         News::Ended(text) => ("ended", 0, text).into_pyobject(py),
     }
 }
