@@ -36,16 +36,18 @@ pub enum Kind {
     Reads = 15,
     Writes = 16,
     Indirects = 17,
+    SendDatagram = 18,
     Connected = EVENT | 1,
     Message = EVENT | 2,
     Posted = EVENT | 3,
     Closed = EVENT | 4,
+    Datagram = EVENT | 5,
 }
 
 impl Kind {
     pub fn of(byte: u8) -> Option<Kind> {
         use Kind::*;
-        const ALL: [Kind; 21] = [
+        const ALL: [Kind; 23] = [
             Bind,
             Connect,
             Close,
@@ -63,10 +65,12 @@ impl Kind {
             Reads,
             Writes,
             Indirects,
+            SendDatagram,
             Connected,
             Message,
             Posted,
             Closed,
+            Datagram,
         ];
         ALL.into_iter().find(|kind| *kind as u8 == byte)
     }
@@ -96,6 +100,30 @@ pub enum Status {
     NoMatch = 12,
     Taken = 13,
     Misaligned = 14,
+}
+
+impl Status {
+    pub fn of(byte: u8) -> Option<Status> {
+        use Status::*;
+        const ALL: [Status; 15] = [
+            Ok,
+            Bad,
+            NoConnection,
+            NoRegion,
+            Revoked,
+            OutOfRange,
+            Denied,
+            TooLong,
+            NoPeer,
+            Unreachable,
+            Closed,
+            Full,
+            NoMatch,
+            Taken,
+            Misaligned,
+        ];
+        ALL.get(usize::from(byte)).copied()
+    }
 }
 
 impl fmt::Display for Status {
@@ -259,6 +287,18 @@ impl<'a> Reader<'a> {
         Ok(Piece { offset: self.u64()?, len: self.u64()? })
     }
 
+    /// Bytes with their length before them.
+    pub fn long(&mut self) -> Result<&'a [u8], Short> {
+        let len = self.u16()?;
+        let (first, rest) = self.bytes.split_at_checked(usize::from(len)).ok_or(Short)?;
+        self.bytes = rest;
+        Ok(first)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
     pub fn rest(self) -> &'a [u8] {
         self.bytes
     }
@@ -319,19 +359,21 @@ impl<'a> Single<'a> {
     }
 }
 
-/// Many operations of one size and kind: results are packed from `into` on (for writes: the bytes are packed there).
+/// Many operations of one size and kind: results are packed from `into` on (for writes: the bytes are packed there), the
+/// numbers of what to do from `numbers` on, both in the initiator's arena.
+#[derive(Clone, Copy, Debug)]
 pub struct Burst {
     pub region: Handle,
     pub into: u64,
+    pub numbers: u64,
     pub size: u32,
     pub count: u32,
 }
 
 impl Burst {
-    pub const BYTES: usize = 24;
-
     pub fn parse(reader: &mut Reader<'_>) -> Result<Burst, Short> {
-        Ok(Burst { region: reader.handle()?, into: reader.u64()?, size: reader.u32()?, count: reader.u32()? })
+        let (region, into, numbers) = (reader.handle()?, reader.u64()?, reader.u64()?);
+        Ok(Burst { region, into, numbers, size: reader.u32()?, count: reader.u32()? })
     }
 }
 

@@ -2,32 +2,29 @@
 
 use std::collections::HashMap;
 
-use super::command::{
-    answer, Access, Burst, Head, Kind, Piece, Reader, Short, Single, Status, ANSWER, HEAD, INLINE, NAME,
-};
+use super::command::{answer, Access, Burst, Head, Kind, Piece, Reader, Short, Single, Status, ANSWER, INLINE, NAME};
+use super::far::Far;
 use super::memory::{self, Each, Numbers, Regions, Sink};
 use super::numbered::Numbered;
 use super::outbox::Outbox;
-use super::rows::{Connection, Name, SMALL};
+use super::port::Port;
+use super::rows::{Connection, Name, ECHO, NOBODY, SMALL};
 use super::space::Space;
 use super::transfers::{End, Transfers};
 use crate::layout::INLINE_MAX;
-use crate::segment::Mapping;
 use crate::state::{Frame, ObjectSpec, Result, Segment};
 
 /// Operations of one burst.
-const BURST: usize = 1 << 16;
+pub const BURST: usize = 1 << 16;
 
 /// What a command came to: the value of its completion. `None`: that comes later.
-type Outcome = std::result::Result<Option<u64>, Status>;
+pub type Outcome = std::result::Result<Option<u64>, Status>;
 
-/// A command as it came: its first bytes, and where the rest is when it is a long one.
+/// A command as it came.
 pub struct Order<'a> {
     pub channel: u64,
     pub tag: u64,
     pub bytes: &'a [u8],
-    /// The client's pool, where the message begins, and how long it is.
-    pub pooled: Option<(&'a Mapping, usize, usize)>,
 }
 
 #[derive(Default)]
@@ -38,32 +35,40 @@ pub struct Desk {
     pub space: Space,
     pub outbox: Outbox,
     pub transfers: Transfers,
+    pub far: Far,
 }
 
 impl Desk {
     pub fn objects() -> Vec<ObjectSpec> {
         use super::rows::{Region, Transfer, Waiting};
-        vec![
+        let mut objects = vec![
             Numbered::<Name>::object(),
             Numbered::<Connection>::object(),
             Numbered::<Region>::object(),
             Numbered::<Waiting>::object(),
             Numbered::<Transfer>::object(),
-        ]
+        ];
+        objects.extend(Far::objects());
+        objects
     }
 
-    /// Raises `Schema`, `Damaged`.
-    pub fn adopt(frame: &Frame) -> Result<Desk> {
+    /// What the state has; `port` is the way to other hosts. Raises `Schema`, `Damaged`, `Full`.
+    pub fn adopt(segment: &mut Segment, port: Option<Box<dyn Port + Send>>) -> Result<Desk> {
+        let far = Far::adopt(segment, port)?;
+        let frame: &Frame = segment;
         let names = Numbered::<Name>::adopt(frame)?;
         let by_name = names.iter().map(|(number, name)| (name.text.clone(), number)).collect();
-        Ok(Desk {
+        let mut desk = Desk {
             names,
             by_name,
             connections: Numbered::adopt(frame)?,
             space: Space { regions: Numbered::adopt(frame)?, ..Space::default() },
             outbox: Outbox::adopt(frame)?,
             transfers: Transfers::adopt(frame)?,
-        })
+            far,
+        };
+        desk.reconnect();
+        Ok(desk)
     }
 
     /// Carry a command out; what is to be said to its sender is appended to `reply`, nothing when that comes later. Raises
@@ -116,9 +121,9 @@ impl Desk {
         let mut reader = reader;
         Ok(match head.kind {
             Kind::Bind => self.bind(segment, order.channel, reader.rest()),
-            Kind::Connect => self.connect(segment, order.channel, reader.rest()),
+            Kind::Connect => self.connect(segment, order, reader.rest()),
             Kind::Close => self.close(segment, order.channel, head.connection),
-            Kind::Send => Ok(self.send(order.channel, head, reader.rest())),
+            Kind::Send => self.send(segment, order.channel, head, reader.rest()),
             Kind::SendArena => self.offer(segment, order, head, reader.piece()?, false),
             Kind::Post => self.offer(segment, order, head, reader.piece()?, true),
             Kind::Register => {
@@ -129,6 +134,22 @@ impl Desk {
                 }
             }
             Kind::Release => some(self.space.release(segment, order.channel, reader.handle()?)),
+            Kind::Read
+            | Kind::Write
+            | Kind::CompareSwap
+            | Kind::FetchAdd
+            | Kind::Indirect
+            | Kind::Scan
+            | Kind::Reads
+            | Kind::Writes
+            | Kind::Indirects
+                if self.far_end(order.channel, head.connection).is_some() =>
+            {
+                match self.far_end(order.channel, head.connection) {
+                    Some(own) => self.ask(segment, order, head, own, reader.rest())?,
+                    None => Ok(Err(Status::NoConnection)),
+                }
+            }
             Kind::Reads => Ok(self.burst(order, head, &mut reader, Each::Read, 8)?),
             Kind::Writes => Ok(self.burst(order, head, &mut reader, Each::Write, 8)?),
             Kind::Indirects => Ok(self.burst(order, head, &mut reader, Each::Indirect, 4)?),
@@ -143,6 +164,11 @@ impl Desk {
     fn own(&self, channel: u64, connection: u32) -> std::result::Result<Connection, Status> {
         let found = self.connections.get(connection).filter(|found| found.channel == channel);
         found.copied().ok_or(Status::NoConnection)
+    }
+
+    /// The caller's end of a connection to another host.
+    fn far_end(&self, channel: u64, connection: u32) -> Option<Connection> {
+        self.own(channel, connection).ok().filter(|own| own.link != 0 && !own.opening)
     }
 
     /// The peer's end, with its number.
@@ -166,15 +192,24 @@ impl Desk {
         Ok(Ok(Some(0)))
     }
 
-    fn connect(&mut self, segment: &mut Segment, channel: u64, name: &[u8]) -> Result<Outcome> {
-        let Some(name) = self.by_name.get(name).and_then(|number| self.names.get(*number)) else {
-            return Ok(Err(Status::NoPeer));
-        };
-        let (owner, text) = (name.channel, name.text.clone());
-        let own = self.connections.insert(segment, Connection { channel, peer: 0 })?;
-        let peer = self.connections.insert(segment, Connection { channel: owner, peer: own })?;
+    /// Whose name it is.
+    pub(super) fn bound(&self, name: &[u8]) -> Option<u64> {
+        Some(self.names.get(*self.by_name.get(name)?)?.channel)
+    }
+
+    fn connect(&mut self, segment: &mut Segment, order: &Order<'_>, name: &[u8]) -> Result<Outcome> {
+        if let Some(slash) = name.iter().position(|byte| *byte == b'/') {
+            return self.connect_far(segment, order.channel, order.tag, &name[..slash], &name[slash + 1..]);
+        }
+        let owner = if name == b".echo" { Some(ECHO) } else { self.bound(name) };
+        let Some(owner) = owner else { return Ok(Err(Status::NoPeer)) };
+        let own = self.connections.insert(segment, Connection { channel: order.channel, ..Connection::default() })?;
+        let made = Connection { channel: owner, peer: own, ..Connection::default() };
+        let peer = self.connections.insert(segment, made)?;
         self.connections.update(segment, own, |connection| connection.peer = peer)?;
-        self.outbox.put(owner, peer, 0, &answer(Kind::Connected, Status::Ok, 0, peer, 0), &text);
+        if owner != ECHO {
+            self.outbox.put(owner, peer, 0, &answer(Kind::Connected, Status::Ok, 0, peer, 0), name);
+        }
         Ok(Ok(Some(u64::from(own))))
     }
 
@@ -187,6 +222,9 @@ impl Desk {
 
     /// End a connection, and tell the other end.
     fn part(&mut self, segment: &mut Segment, connection: u32) -> Result<()> {
+        if self.connections.get(connection).is_some_and(|own| own.link != 0) {
+            return self.leave(segment, connection);
+        }
         let Some(own) = self.connections.remove(segment, connection)? else { return Ok(()) };
         let own_end = End { number: connection, channel: own.channel };
         let peer = self.connections.get(own.peer).copied();
@@ -195,6 +233,10 @@ impl Desk {
         if let (Some(peer), Some(peer_end)) = (peer, peer_end) {
             self.transfers.end(segment, peer_end, Some(own_end), &mut self.outbox)?;
             self.connections.update(segment, own.peer, |peer| peer.peer = 0)?;
+            if peer.channel == ECHO {
+                self.connections.remove(segment, own.peer)?;
+                return Ok(());
+            }
             let gone = answer(Kind::Closed, Status::Closed, 0, own.peer, 0);
             self.outbox.put(peer.channel, own.peer, 0, &gone, &[]);
         }
@@ -212,7 +254,7 @@ impl Desk {
         let ends: Vec<(u32, u64)> = self
             .connections
             .iter()
-            .filter(|(_, end)| !present(end.channel))
+            .filter(|(_, end)| end.channel < NOBODY && !present(end.channel))
             .map(|(number, end)| (number, end.channel))
             .collect();
         for (number, channel) in ends {
@@ -228,19 +270,35 @@ impl Desk {
         Ok(())
     }
 
+    /// Peers on other hosts learn what was taken.
+    pub fn settle_all(&mut self) {
+        let mut settled: Vec<u32> = self.outbox.settled().collect();
+        settled.dedup();
+        for connection in settled {
+            self.settled(connection);
+        }
+    }
+
     // -- messages -------------------------------------------------------------------------------------------
 
-    fn send(&mut self, channel: u64, head: Head, bytes: &[u8]) -> Outcome {
-        let (number, peer) = self.peer(channel, head.connection)?;
+    fn send(&mut self, segment: &mut Segment, channel: u64, head: Head, bytes: &[u8]) -> Result<Outcome> {
         if bytes.len() > SMALL {
-            return Err(Status::TooLong);
+            return Ok(Err(Status::TooLong));
         }
+        if let Some(own) = self.far_end(channel, head.connection) {
+            return some(self.far_send(segment, head.connection, &own, head.stream, bytes));
+        }
+        let (number, peer) = match self.peer(channel, head.connection) {
+            Ok(peer) => peer,
+            Err(status) => return Ok(Err(status)),
+        };
+        let (to, number) = if peer.channel == ECHO { (channel, head.connection) } else { (peer.channel, number) };
         if !self.outbox.may_hold(number) {
-            return Err(Status::Full);
+            return Ok(Err(Status::Full));
         }
         let first = answer(Kind::Message, Status::Ok, head.stream, number, bytes.len() as u64);
-        self.outbox.put(peer.channel, number, 0, &first, bytes);
-        Ok(Some(bytes.len() as u64))
+        self.outbox.put(to, number, 0, &first, bytes);
+        Ok(Ok(Some(bytes.len() as u64)))
     }
 
     /// A large message in the sender's arena, or a place for one in the receiver's.
@@ -255,8 +313,13 @@ impl Desk {
         if let Err(status) = self.space.range(order.channel, piece) {
             return Ok(Err(status));
         }
+        if let Some(own) = self.far_end(order.channel, head.connection) {
+            return self.offer_far(segment, order, head, &own, piece, posted);
+        }
         let receiver = match (posted, self.peer(order.channel, head.connection)) {
             (true, Ok(_)) => head.connection,
+            // It has the bytes as soon as they are sent.
+            (false, Ok((_, peer))) if peer.channel == ECHO => return Ok(Ok(Some(piece.len))),
             (false, Ok((number, _))) => number,
             (_, Err(status)) => return Ok(Err(status)),
         };
@@ -265,6 +328,16 @@ impl Desk {
     }
 
     // -- one-sided operations -------------------------------------------------------------------------------
+
+    /// A read of memory that has no owner: as many zeros.
+    fn access_echo(single: &Single<'_>, reply: &mut Vec<u8>) -> Outcome {
+        let len = single.access.brings();
+        if single.into != INLINE || len > (INLINE_MAX - ANSWER) as u64 {
+            return Err(Status::TooLong);
+        }
+        reply.resize(ANSWER + len as usize, 0);
+        Ok(Some(len))
+    }
 
     fn access(
         &self,
@@ -275,6 +348,9 @@ impl Desk {
         reply: &mut Vec<u8>,
     ) -> Outcome {
         let (number, peer) = self.peer(channel, head.connection)?;
+        if peer.channel == ECHO {
+            return Self::access_echo(single, reply);
+        }
         let seen = self.space.seen(peer.channel, number);
         let place = seen.find(single.region)?;
         if let Some(from) = from {
@@ -310,13 +386,7 @@ impl Desk {
         if count > BURST {
             return Ok(Err(Status::TooLong));
         }
-        let Some((memory, start, len)) = order.pooled else { return Ok(Err(Status::Bad)) };
-        let at = start + HEAD + Burst::BYTES;
-        if count.checked_mul(width).is_none_or(|bytes| bytes != len - HEAD - Burst::BYTES) {
-            return Ok(Err(Status::Bad));
-        }
-        let numbers = Numbers { memory, at, width };
-        let outcome = self.burst_of(order.channel, head, &burst, each, &numbers);
+        let outcome = self.burst_of(order.channel, head, &burst, each, width);
         Ok(outcome.and_then(|(done, status)| {
             if status == Status::Ok {
                 return Ok(Some(done as u64));
@@ -332,14 +402,17 @@ impl Desk {
         head: Head,
         burst: &Burst,
         each: Each,
-        numbers: &Numbers<'_>,
+        width: usize,
     ) -> std::result::Result<(usize, Status), Status> {
         let (number, peer) = self.peer(channel, head.connection)?;
         let seen = self.space.seen(peer.channel, number);
         let place = seen.find(burst.region)?;
         let piece = Piece { offset: burst.into, len: u64::from(burst.size) * u64::from(burst.count) };
+        let numbers = Piece { offset: burst.numbers, len: u64::from(burst.count) * width as u64 };
+        let (own, numbers) = self.space.range(channel, numbers)?;
+        let numbers = Numbers { memory: own.arena().ok_or(Status::OutOfRange)?, at: numbers.start, width };
         let (own, range) = self.space.range(channel, piece)?;
-        Ok(memory::burst(each, place, &seen, numbers, (own, range.start), burst.size, burst.count as usize))
+        Ok(memory::burst(each, place, &seen, &numbers, (own, range.start), burst.size, burst.count as usize))
     }
 }
 

@@ -1,17 +1,22 @@
 //! The engine of Pony Express: serves the commands of its applications.
 
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::Duration;
+
 use super::command::HEAD;
 use super::desk::{Desk, Order};
+use super::far::Far;
+use super::port::udp::Udp;
 use super::rows::SMALL;
 use crate::engine::{Channel, Channels, Engine};
 use crate::error::Result;
 use crate::state::{self, Schema, Segment, StateError};
+use crate::stats::monotonic_ns;
 
+/// The longest packet that is ever sent, in bytes; each path has its own.
+const MTU: usize = 9000 - 28;
 /// The longest command that is looked at whole: one more than a small message may have, to see that it is too long.
 const LONGEST: usize = HEAD + 64 + SMALL;
-
-/// The tag of a command and, of a long one, offset and length in the client's pool.
-type Next = (u64, Option<(usize, usize)>);
 
 #[derive(Default)]
 pub struct Pony {
@@ -28,15 +33,51 @@ impl Engine for Pony {
     }
 
     fn adopt(&mut self, state: &mut Segment) -> state::Result<()> {
-        self.desk = Desk::adopt(state)?;
+        let port = self.desk.far.take_port();
+        self.desk = Desk::adopt(state, port)?;
         self.known = None;
         Ok(())
+    }
+
+    /// UDP sockets, the first of which receives: without any, there are no other hosts.
+    fn equip(&mut self, fds: Vec<OwnedFd>) -> state::Result<()> {
+        if !fds.is_empty() {
+            let port = Udp::from_fds(fds, MTU).map_err(|error| StateError::Usage(error.to_string()))?;
+            self.desk.far = Far::with(Box::new(port));
+        }
+        Ok(())
+    }
+
+    fn watched(&self) -> Vec<BorrowedFd<'_>> {
+        self.desk.far.port().map(|port| port.fd()).into_iter().collect()
+    }
+
+    fn rest(&mut self) -> Duration {
+        let now = monotonic_ns();
+        self.desk.far.rest(now).map_or(Duration::ZERO, |until| Duration::from_nanos(until.saturating_sub(now)))
+    }
+
+    fn wake(&mut self) {
+        self.desk.far.wake();
+    }
+
+    fn control(&mut self, state: &mut Segment, request: &[u8]) -> state::Result<Vec<u8>> {
+        self.desk.control(state, request)
+    }
+
+    fn say(&mut self) -> Option<Vec<u8>> {
+        self.desk.far.say()
     }
 
     fn poll(&mut self, channels: &mut Channels, state: &mut Segment, budget: usize) -> state::Result<usize> {
         if self.known != Some(channels.version()) {
             self.follow(channels, state)?;
         }
+        // Before anything changes: what goes out now is permanent.
+        let now = monotonic_ns();
+        let mut moved = self.desk.transmit(now);
+        moved += self.desk.receive(state, now)?;
+        self.desk.look_around(state, now)?;
         let mut failed = None;
         let done = channels.each(budget, |channel, budget| match self.serve(channel, state, budget) {
             Ok(done) => done,
@@ -49,8 +90,10 @@ impl Engine for Pony {
             return Err(error);
         }
         let Desk { transfers, connections, space, outbox, .. } = &mut self.desk;
-        let moved = transfers.work(state, connections, space, outbox)?;
-        Ok(done + moved + outbox.deliver(channels, state)?)
+        moved += transfers.work(state, connections, space, outbox)?;
+        moved += outbox.deliver(channels, state)?;
+        self.desk.settle_all();
+        Ok(done + moved + usize::from(self.desk.far.eager()))
     }
 }
 
@@ -70,14 +113,12 @@ impl Pony {
     fn serve(&mut self, channel: &mut Channel, state: &mut Segment, budget: usize) -> state::Result<Result<usize>> {
         let mut done = 0;
         while done < budget && self.desk.outbox.has_room() {
-            let (tag, place) = match self.next(channel) {
-                Ok(Some(next)) => next,
+            let tag = match self.next(channel) {
+                Ok(Some(tag)) => tag,
                 Ok(None) => break,
                 Err(error) => return Ok(Err(error)),
             };
-            let core = channel.rx.core();
-            let pooled = place.and_then(|(offset, len)| Some((core.peer_pool()?, offset, len)));
-            let order = Order { channel: channel.id, tag, bytes: &self.command, pooled };
+            let order = Order { channel: channel.id, tag, bytes: &self.command };
             self.reply.clear();
             match self.desk.serve(state, &order, &mut self.reply) {
                 Ok(()) => {}
@@ -94,9 +135,8 @@ impl Pony {
         Ok(Ok(done))
     }
 
-    /// Take the next command, if there is one and room for its completion: its tag, and where in the client's pool it is if
-    /// it is a long one. That memory is the client's again, who may change it while it is read.
-    fn next(&mut self, channel: &mut Channel) -> Result<Option<Next>> {
+    /// Take the next command, if there is one and room for its completion: its tag.
+    fn next(&mut self, channel: &mut Channel) -> Result<Option<u64>> {
         channel.rx.check()?;
         channel.tx.check()?;
         let Some(header) = channel.rx.peek()? else { return Ok(None) };
@@ -106,7 +146,7 @@ impl Pony {
         self.command.resize(header.len.min(LONGEST), 0);
         if !header.pooled {
             channel.rx.take_into(header, &mut self.command)?;
-            return Ok(Some((header.tag, None)));
+            return Ok(Some(header.tag));
         }
         let claimed = channel.rx.take_pooled(header)?;
         let core = channel.rx.core();
@@ -114,6 +154,6 @@ impl Pony {
             pool.read(claimed.offset as usize, &mut self.command);
         }
         core.give_back(claimed.token);
-        Ok(Some((header.tag, Some((claimed.offset as usize, header.len)))))
+        Ok(Some(header.tag))
     }
 }

@@ -22,7 +22,16 @@ pub struct Place<'a> {
 /// Where the bytes of a read go: appended to a message, or to a place in the initiator's arena.
 pub enum Sink<'a> {
     Message(&'a mut Vec<u8>),
-    Arena { arena: &'a Mapping, at: usize },
+    Arena {
+        arena: &'a Mapping,
+        at: usize,
+    },
+    /// The bytes from `skip` on, as many as fit; `at` counts them.
+    Part {
+        bytes: &'a mut [u8],
+        skip: usize,
+        at: usize,
+    },
 }
 
 impl Sink<'_> {
@@ -34,6 +43,11 @@ impl Sink<'_> {
                 source.read(from, &mut bytes[start..]);
             }
             Sink::Arena { arena, at } => copy(arena, *at, source, from, len),
+            Sink::Part { bytes, skip, at } => {
+                let len = len.saturating_sub(*skip).min(bytes.len() - *at);
+                source.read(from + if len > 0 { *skip } else { 0 }, &mut bytes[*at..*at + len]);
+                *at += len;
+            }
         }
     }
 }
@@ -110,9 +124,16 @@ impl Place<'_> {
     fn follow(self, at: u64, len: u32, regions: &impl Regions, sink: &mut Sink<'_>) -> Result<u64, Status> {
         let entry = self.indirection(at)?;
         let target = regions.find(entry.0)?;
-        let len = entry.1.len.min(u64::from(len));
-        sink.take(target.arena, target.range(READ, entry.1.offset, len)?, len as usize);
-        Ok(len)
+        let whole = entry.1.len.min(u64::from(len));
+        let from = target.range(READ, entry.1.offset, whole)?;
+        sink.take(target.arena, from, whole as usize);
+        Ok(whole)
+    }
+
+    /// Read into `out`.
+    pub fn read(self, at: u64, out: &mut [u8]) -> Result<(), Status> {
+        self.arena.read(self.range(READ, at, out.len() as u64)?, out);
+        Ok(())
     }
 
     fn indirection(self, at: u64) -> Result<(Handle, Piece), Status> {
@@ -222,6 +243,64 @@ pub fn burst(
         }
     }
     (count, Status::Ok)
+}
+
+/// What a burst reads of each of its numbers when it is read in parts: `want` bytes from `skip` on, of at most `cap`.
+#[derive(Clone, Copy)]
+pub struct Part {
+    pub cap: u32,
+    pub skip: u32,
+    pub want: u32,
+}
+
+/// As `burst`, for somebody whose arena is elsewhere: the bytes are packed into `out`, `part.want` for each number.
+pub fn collect(
+    each: Each,
+    place: Place<'_>,
+    regions: &impl Regions,
+    numbers: &[u8],
+    part: Part,
+    out: &mut [u8],
+) -> (usize, Status) {
+    let width = if each == Each::Indirect { 4 } else { 8 };
+    let want = part.want as usize;
+    let mut done = 0;
+    for ahead in numbers.chunks(AHEAD * width) {
+        let mut found = [(place.arena, 0, 0); AHEAD];
+        let mut status = Status::Ok;
+        let mut good = 0;
+        for (number, found) in ahead.chunks_exact(width).zip(&mut found) {
+            let mut word = [0; 8];
+            word[..width].copy_from_slice(number);
+            let number = u64::from_le_bytes(word);
+            let located = match each {
+                Each::Indirect => locate(each, place, regions, number, part.cap),
+                _ => locate(each, place, regions, number.saturating_add(u64::from(part.skip)), part.want),
+            };
+            match located {
+                Ok((arena, start, len)) => {
+                    arena.prefetch(start);
+                    *found = (arena, start, len);
+                    good += 1;
+                }
+                Err(why) => {
+                    status = why;
+                    break;
+                }
+            }
+        }
+        for (arena, start, len) in &found[..good] {
+            let skip = if each == Each::Indirect { (part.skip as usize).min(*len) } else { 0 };
+            let len = (len - skip).min(want);
+            let Some(to) = out.get_mut(done * want..done * want + len) else { return (done, Status::Bad) };
+            arena.read(start + skip, to);
+            done += 1;
+        }
+        if status != Status::Ok {
+            return (done, status);
+        }
+    }
+    (done, Status::Ok)
 }
 
 #[inline]

@@ -3,6 +3,7 @@
 pub mod command;
 mod desk;
 mod engine;
+mod far;
 pub mod flow;
 mod memory;
 mod numbered;

@@ -15,7 +15,7 @@ pub const CREDITS: u32 = 64;
 /// Bytes of messages in one poll.
 const BYTES: usize = 128 * 1024;
 /// Rows for what is said besides.
-const MARGIN: usize = 256;
+const MARGIN: usize = 512;
 
 #[derive(Default)]
 pub struct Outbox {
@@ -27,6 +27,7 @@ pub struct Outbox {
     order: u64,
     parcels: Vec<Parcel>,
     bytes: Vec<u8>,
+    settled: Vec<u32>,
 }
 
 struct Parcel {
@@ -61,6 +62,16 @@ impl Outbox {
     /// Whether a connection may have another message on its way.
     pub fn may_hold(&self, connection: u32) -> bool {
         self.held.get(&connection).is_none_or(|held| *held < CREDITS)
+    }
+
+    /// How many messages of a connection wait, or are about to be delivered.
+    pub fn held(&self, connection: u32) -> u32 {
+        self.held.get(&connection).copied().unwrap_or(0)
+    }
+
+    /// Connections of which messages were delivered since the last call; 0 may be among them.
+    pub fn settled(&mut self) -> std::vec::Drain<'_, u32> {
+        self.settled.drain(..)
     }
 
     /// Have `head` and `body` delivered as one message, over `connection` (the receiver's end).
@@ -114,6 +125,7 @@ impl Outbox {
             let connection = item.connection;
             self.waiting.remove(segment, number)?;
             release(&mut self.held, connection);
+            self.settled.push(connection);
             done += 1;
         }
         self.queues.remove(&channel);
@@ -130,6 +142,7 @@ impl Outbox {
     }
 
     fn settle(&mut self, connection: u32) {
+        self.settled.push(connection);
         release(&mut self.held, connection);
     }
 

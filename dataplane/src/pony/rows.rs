@@ -9,12 +9,31 @@ pub struct Name {
     pub text: Vec<u8>,
 }
 
+/// The channel of what the engine itself answers: the name `.echo`.
+pub const ECHO: u64 = u64::MAX;
+/// The channel of an application that has gone, while what it sent is still on its way.
+pub const NOBODY: u64 = u64::MAX - 1;
+
 /// One application's end of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Connection {
     pub channel: u64,
-    /// The end at the other application; 0: it is gone.
+    /// The end at the other application; 0: it is gone, or not there yet.
     pub peer: u32,
+    /// The other host; 0: it is this one.
+    pub link: u32,
+    /// Tells this connection from an earlier one of the same number.
+    pub cookie: u32,
+    /// The other host has not answered yet; `tag` is what the application calls the command.
+    pub opening: bool,
+    pub tag: u64,
+    /// The name that is wanted there: a `Blob`.
+    pub name: u32,
+    /// The number of the next large message to another host.
+    pub large: u64,
+    /// Large messages, and operations, below were finished: the other host knows how.
+    pub large_floor: u64,
+    pub floor: u64,
 }
 
 /// Memory that an application lets its peers use.
@@ -34,15 +53,15 @@ impl Region {
     }
 }
 
-fn word(row: &[u8], at: usize) -> Option<u64> {
+pub fn word(row: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_le_bytes(*row.get(at..)?.first_chunk()?))
 }
 
-fn put(row: &mut [u8], at: usize, value: u64) {
+pub fn put(row: &mut [u8], at: usize, value: u64) {
     row[at..at + 8].copy_from_slice(&value.to_le_bytes());
 }
 
-fn pair(low: u32, high: u32) -> u64 {
+pub fn pair(low: u32, high: u32) -> u64 {
     u64::from(low) | u64::from(high) << 32
 }
 
@@ -66,17 +85,35 @@ impl Row for Name {
 
 impl Row for Connection {
     const TABLE: &'static str = "connections";
-    const BYTES: usize = 16;
+    const BYTES: usize = 64;
     const COUNT: usize = 65_536;
-    const FIELDS: &'static str = r#"{"channel":"u8","peer":"u8"}"#;
+    const FIELDS: &'static str = r#"{"channel":"u8","peer":"u4","link":"u4","cookie":"u4","opening":"u4","tag":"u8","large":"u8","large_floor":"u8","floor":"u8","name":"u8"}"#;
 
     fn write(&self, row: &mut [u8]) {
         put(row, 0, self.channel);
-        put(row, 8, u64::from(self.peer));
+        put(row, 8, pair(self.peer, self.link));
+        put(row, 16, pair(self.cookie, self.opening.into()));
+        put(row, 24, self.tag);
+        put(row, 32, self.large);
+        put(row, 40, self.large_floor);
+        put(row, 48, self.floor);
+        put(row, 56, self.name.into());
     }
 
     fn read(row: &[u8]) -> Option<Self> {
-        Some(Connection { channel: word(row, 0)?, peer: u32::try_from(word(row, 8)?).ok()? })
+        let (ends, opening) = (word(row, 8)?, word(row, 16)?);
+        Some(Connection {
+            channel: word(row, 0)?,
+            peer: ends as u32,
+            link: (ends >> 32) as u32,
+            cookie: opening as u32,
+            opening: opening >> 32 != 0,
+            tag: word(row, 24)?,
+            large: word(row, 32)?,
+            large_floor: word(row, 40)?,
+            floor: word(row, 48)?,
+            name: word(row, 56)? as u32,
+        })
     }
 }
 

@@ -84,6 +84,42 @@ impl Transfers {
         Ok(true)
     }
 
+    /// The place of `connection` that comes after the first `taken` ones, with its row.
+    pub fn place(&self, connection: u32, taken: usize) -> Option<(u32, Transfer)> {
+        let row = *self.queues.get(&connection)?.places.get(taken)?;
+        Some((row, *self.items.get(row)?))
+    }
+
+    pub fn posted(&self, row: u32) -> Option<&Transfer> {
+        self.items.get(row)
+    }
+
+    /// So many bytes of a message from another host are in their place.
+    pub fn advance(&mut self, segment: &mut Segment, row: u32, done: u64) -> Result<()> {
+        self.items.update(segment, row, |item| item.done = done)
+    }
+
+    /// A message of `len` bytes from another host is in its place.
+    pub fn fill(
+        &mut self,
+        segment: &mut Segment,
+        to: End,
+        row: u32,
+        stream: u16,
+        len: u64,
+        outbox: &mut Outbox,
+    ) -> Result<()> {
+        let Some(posted) = self.items.remove(segment, row)? else { return Ok(()) };
+        if let Some(queue) = self.queues.get_mut(&to.number) {
+            queue.places.retain(|other| *other != row);
+            if queue.messages.is_empty() && queue.places.is_empty() {
+                self.queues.remove(&to.number);
+            }
+        }
+        say(outbox, to, &Transfer { stream, ..posted }, Kind::Posted, Status::Ok, len);
+        Ok(())
+    }
+
     /// Copy what can be copied; how many bytes and completions that was.
     pub fn work(
         &mut self,

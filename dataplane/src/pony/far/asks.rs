@@ -1,0 +1,678 @@
+//! Operations on the memory of another host's applications: cut into parts that fit packets, asked for, answered, and put
+//! together. The answering side carries reads out when it writes the answer; what changes memory it carries out when it
+//! comes, and remembers how that went, so that it happens once.
+
+use std::collections::HashMap;
+
+use super::frame::{self, Ends, Frame, Part, Writer};
+use super::line::{Item, Line, Slot};
+use super::rows::{Ask, Blob, Ending, BODY};
+use super::{transmit, Far, ASKS};
+use crate::layout::INLINE_MAX;
+use crate::pony::command::{
+    answer, Access, Burst, Handle, Head, Kind, Piece, Reader, Scan, Short, Single, Status, ANSWER, INLINE,
+};
+use crate::pony::desk::{Desk, Order, Outcome};
+use crate::pony::memory::{self, Each, Regions, Sink};
+use crate::pony::numbered::Numbered;
+use crate::pony::rows::{Connection, ECHO, SMALL};
+use crate::pony::space::{Seen, Space};
+use crate::state::{Result, Segment};
+
+/// What an operation is, as its command says.
+#[derive(Clone, Copy)]
+enum What {
+    Read { region: Handle, at: u64, into: u64, len: u32 },
+    Write { region: Handle, at: u64, from: u64, len: u64 },
+    Word { region: Handle },
+    Indirect { region: Handle, index: u64, into: u64, len: u32 },
+    Scan { region: Handle, scan: Scan, into: u64 },
+    Burst { each: Each, burst: Burst },
+}
+
+impl What {
+    fn of(kind: u8, body: &[u8]) -> std::result::Result<What, Short> {
+        let kind = Kind::of(kind).ok_or(Short)?;
+        let each = match kind {
+            Kind::Reads => Some(Each::Read),
+            Kind::Writes => Some(Each::Write),
+            Kind::Indirects => Some(Each::Indirect),
+            _ => None,
+        };
+        let mut reader = Reader::new(body);
+        if let Some(each) = each {
+            return Ok(What::Burst { each, burst: Burst::parse(&mut reader)? });
+        }
+        if kind == Kind::Write {
+            let region = reader.handle()?;
+            return Ok(What::Write { region, at: reader.u64()?, from: reader.u64()?, len: reader.u64()? });
+        }
+        let (single, _) = Single::parse(kind, reader)?;
+        let (region, into) = (single.region, single.into);
+        Ok(match single.access {
+            Access::Read { at, len } => What::Read { region, at, into, len },
+            Access::Indirect { index, len } => What::Indirect { region, index, into, len },
+            Access::Scan(scan) => What::Scan { region, scan, into },
+            Access::Write { .. } | Access::CompareSwap { .. } | Access::FetchAdd { .. } => What::Word { region },
+        })
+    }
+
+    fn len(&self) -> u64 {
+        match *self {
+            What::Read { len, .. } | What::Indirect { len, .. } => len.into(),
+            What::Scan { scan, .. } => scan.len.into(),
+            What::Write { len, .. } => len,
+            What::Word { .. } => 8,
+            What::Burst { burst, .. } => u64::from(burst.size) * u64::from(burst.count),
+        }
+    }
+
+    /// Where in the own arena its bytes go or come from.
+    fn place(&self) -> u64 {
+        match *self {
+            What::Read { into, .. } | What::Indirect { into, .. } | What::Scan { into, .. } => into,
+            What::Write { from, .. } => from,
+            What::Word { .. } => INLINE,
+            What::Burst { burst, .. } => burst.into,
+        }
+    }
+}
+
+/// How an operation is cut: `per` numbers of a burst in each part, or each of them in `sub` parts of `chunk` bytes.
+#[derive(Clone, Copy, Debug)]
+struct Plan {
+    chunk: u64,
+    per: u64,
+    sub: u64,
+    parts: u64,
+}
+
+impl Plan {
+    fn of(what: &What, line: &Line) -> Plan {
+        let (reply, request) = (line.reply_chunk() as u64, line.request_chunk() as u64);
+        match *what {
+            What::Word { .. } => Plan { chunk: 8, per: 0, sub: 1, parts: 1 },
+            What::Burst { each, burst } => {
+                let (size, count) = (u64::from(burst.size), u64::from(burst.count));
+                let (number, chunk) = match each {
+                    Each::Read => (8, reply),
+                    Each::Indirect => (4, reply),
+                    Each::Write => (8, request - 32 - 8),
+                };
+                let numbers = (request - 32) / number;
+                let per = match each {
+                    Each::Write => (request - 32) / (8 + size),
+                    _ => reply.checked_div(size).unwrap_or(numbers).min(numbers),
+                };
+                if per > 0 {
+                    return Plan { chunk, per, sub: 1, parts: count.div_ceil(per).max(1) };
+                }
+                let sub = size.div_ceil(chunk);
+                Plan { chunk, per: 1, sub, parts: count * sub }
+            }
+            _ => {
+                let chunk = if matches!(what, What::Write { .. }) { request - 32 } else { reply };
+                Plan { chunk, per: 0, sub: 1, parts: what.len().div_ceil(chunk).max(1) }
+            }
+        }
+    }
+
+    /// Of a burst: the first number of a part, how many it has, and where in each of them it begins.
+    fn numbers(&self, part: u64, count: u64) -> (u64, u64, u64) {
+        if self.sub > 1 {
+            return (part / self.sub, 1, part % self.sub * self.chunk);
+        }
+        let first = part * self.per;
+        (first, self.per.min(count.saturating_sub(first)), 0)
+    }
+}
+
+/// How far an operation is.
+pub struct Progress {
+    attempt: u32,
+    what: What,
+    plan: Plan,
+    got: u64,
+    status: Status,
+    /// The first number of a burst that failed; what is answered otherwise.
+    bad: u64,
+    value: u64,
+    inline: Vec<u8>,
+}
+
+/// What requests are written from.
+pub struct View<'a> {
+    pub asks: &'a Numbered<Ask>,
+    pub blobs: &'a Numbered<Blob>,
+    pub progress: &'a HashMap<u32, Progress>,
+}
+
+impl View<'_> {
+    /// Part number `next` of an operation, if it has so many.
+    pub fn part(&self, row: u32, next: u32) -> Option<Part> {
+        let (ask, progress) = (self.asks.get(row)?, self.progress.get(&row)?);
+        let part = Part { id: ask.id, attempt: progress.attempt, part: next };
+        (u64::from(next) < progress.plan.parts).then_some(part)
+    }
+
+    /// None: void. False: there is no room.
+    pub fn encode(&self, row: u32, part: Part, view: &transmit::View<'_>, writer: &mut Writer<'_>) -> Option<bool> {
+        let ask = self.asks.get(row).filter(|ask| ask.id == part.id)?;
+        let progress = self.progress.get(&row).filter(|progress| progress.attempt == part.attempt)?;
+        let own = view.connections.get(ask.connection)?;
+        let floor = *view.ends.get(&ask.connection)?.asks.first_key_value()?.0;
+        let ends = Ends { to: own.peer, from: ask.connection, stream: 0, cookie: own.cookie as u8 };
+        let Progress { what, plan, .. } = progress;
+        let (index, chunk) = (u64::from(part.part), plan.chunk);
+        let start = index * chunk;
+        let want = what.len().saturating_sub(start).min(chunk) as usize;
+        let begin = |writer: &mut Writer<'_>, len: usize| {
+            let fits = writer.room() >= frame::REQUEST + len;
+            if fits {
+                writer.request(ends, part, floor, ask.kind, len);
+            }
+            fits
+        };
+        match *what {
+            What::Read { region, at, .. } => {
+                if !begin(writer, 20) {
+                    return Some(false);
+                }
+                [region.word(), at + start].map(|word| writer.u64(word));
+                writer.u32(want as u32);
+            }
+            What::Write { region, at, .. } => {
+                if !begin(writer, 16 + want) {
+                    return Some(false);
+                }
+                [region.word(), at + start].map(|word| writer.u64(word));
+                self.bytes(ask, own, what.place(), start, view, writer.take(want))?;
+            }
+            What::Word { .. } => {
+                let len = if ask.kind == Kind::FetchAdd as u8 { 24 } else { 32 };
+                if !begin(writer, len) {
+                    return Some(false);
+                }
+                writer.put(&ask.body[..len]);
+            }
+            What::Indirect { region, index, len, .. } => {
+                if !begin(writer, 28) {
+                    return Some(false);
+                }
+                [region.word(), index].map(|word| writer.u64(word));
+                [len, start as u32, want as u32].map(|word| writer.u32(word));
+            }
+            What::Scan { region, scan, .. } => {
+                if !begin(writer, 42) {
+                    return Some(false);
+                }
+                [region.word(), scan.at, scan.needle].map(|word| writer.u64(word));
+                [scan.len, start as u32, want as u32].map(|word| writer.u32(word));
+                [scan.entries, scan.stride, scan.pointer].map(|word| writer.u16(word));
+            }
+            What::Burst { each, burst } => {
+                let (first, count, skip) = plan.numbers(index, burst.count.into());
+                let size = u64::from(burst.size);
+                let each_want = if plan.sub > 1 { (size - skip).min(chunk) } else { size };
+                let width = if each == Each::Indirect { 4 } else { 8 };
+                let data = if each == Each::Write { count * each_want } else { 0 };
+                if !begin(writer, 22 + (count * width + data) as usize) {
+                    return Some(false);
+                }
+                writer.u64(burst.region.word());
+                [burst.size, skip as u32, each_want as u32].map(|word| writer.u32(word));
+                writer.u16(count as u16);
+                let numbers = Piece { offset: burst.numbers + first * width, len: count * width };
+                let (core, range) = view.space.range(own.channel, numbers).ok()?;
+                core.arena()?.read(range.start, writer.take((count * width) as usize));
+                if each == Each::Write {
+                    for number in first..first + count {
+                        let offset = burst.into + number * size + skip;
+                        let (core, range) = view.space.range(own.channel, Piece { offset, len: each_want }).ok()?;
+                        core.arena()?.read(range.start, writer.take(each_want as usize));
+                    }
+                }
+            }
+        }
+        Some(true)
+    }
+
+    /// The bytes of a write from `start` on.
+    fn bytes(
+        &self,
+        ask: &Ask,
+        own: &Connection,
+        from: u64,
+        start: u64,
+        view: &transmit::View<'_>,
+        out: &mut [u8],
+    ) -> Option<()> {
+        if ask.blob != 0 {
+            let bytes = &self.blobs.get(ask.blob)?.bytes;
+            out.copy_from_slice(bytes.get(start as usize..start as usize + out.len())?);
+            return Some(());
+        }
+        let piece = Piece { offset: from + start, len: out.len() as u64 };
+        let (core, range) = view.space.range(own.channel, piece).ok()?;
+        core.arena()?.read(range.start, out);
+        Some(())
+    }
+}
+
+/// Write the answer to a request. None: there is nobody to answer any more. False: there is no room.
+pub fn reply(slot: &Slot, view: &transmit::View<'_>, writer: &mut Writer<'_>) -> Option<bool> {
+    let (ends, part) = (slot.ends?, slot.part?);
+    let own = view.connections.get(ends.from).filter(|own| own.peer == ends.to)?;
+    if let Some((status, value)) = slot.ending {
+        if writer.room() < frame::REPLY {
+            return Some(false);
+        }
+        writer.frame(ends, &Frame::Reply { part, status, value, bytes: &[] });
+        return Some(true);
+    }
+    let want = wanted(slot.kind, &slot.body).unwrap_or(0).min(writer_limit(writer));
+    if writer.room() < frame::REPLY + want {
+        return Some(false);
+    }
+    let start = writer.len();
+    writer.take(frame::REPLY);
+    let out = writer.take(want);
+    let seen = view.space.seen(own.channel, ends.from);
+    let done = if own.channel == ECHO {
+        out.fill(0);
+        Ok((Status::Ok, want as u64, want))
+    } else {
+        read(slot.kind, &slot.body, &seen, out)
+    };
+    let (status, value, len) = done.unwrap_or((Status::Bad, 0, 0));
+    writer.cut(start);
+    writer.reply(ends, part, status as u8, value, len);
+    writer.take(len);
+    Some(true)
+}
+
+/// A reply is never longer than a packet of the longest.
+fn writer_limit(writer: &Writer<'_>) -> usize {
+    (writer.len() + writer.room()).saturating_sub(frame::REPLY)
+}
+
+/// The most bytes that a request wants.
+fn wanted(kind: u8, body: &[u8]) -> std::result::Result<usize, Short> {
+    let mut reader = Reader::new(body);
+    Ok(match Kind::of(kind).ok_or(Short)? {
+        Kind::Read => {
+            [reader.u64()?, reader.u64()?];
+            reader.u32()? as usize
+        }
+        Kind::Indirect => {
+            [reader.u64()?, reader.u64()?];
+            [reader.u32()?, reader.u32()?];
+            reader.u32()? as usize
+        }
+        Kind::Scan => {
+            [reader.u64()?, reader.u64()?, reader.u64()?];
+            [reader.u32()?, reader.u32()?];
+            reader.u32()? as usize
+        }
+        Kind::Reads | Kind::Indirects => {
+            reader.u64()?;
+            [reader.u32()?, reader.u32()?];
+            reader.u32()? as usize * usize::from(reader.u16()?)
+        }
+        _ => return Err(Short),
+    })
+}
+
+/// Carry out a request that reads: how it went, its value, bytes of `out`.
+fn read(kind: u8, body: &[u8], seen: &Seen<'_>, out: &mut [u8]) -> std::result::Result<(Status, u64, usize), Short> {
+    let mut reader = Reader::new(body);
+    let kind = Kind::of(kind).ok_or(Short)?;
+    let place = match seen.find(reader.handle()?) {
+        Ok(place) => place,
+        Err(status) => return Ok((status, 0, 0)),
+    };
+    if matches!(kind, Kind::Reads | Kind::Indirects) {
+        let part = memory::Part { cap: reader.u32()?, skip: reader.u32()?, want: reader.u32()? };
+        reader.u16()?;
+        let each = if kind == Kind::Reads { Each::Read } else { Each::Indirect };
+        let (done, status) = memory::collect(each, place, seen, reader.rest(), part, out);
+        return Ok((status, done as u64, (done * part.want as usize).min(out.len())));
+    }
+    if kind == Kind::Read {
+        let at = reader.u64()?;
+        return Ok(match place.read(at, out) {
+            Ok(()) => (Status::Ok, out.len() as u64, out.len()),
+            Err(status) => (status, 0, 0),
+        });
+    }
+    let (access, skip) = if kind == Kind::Indirect {
+        let (index, len) = (reader.u64()?, reader.u32()?);
+        (Access::Indirect { index, len }, reader.u32()?)
+    } else {
+        let (at, needle, len, skip) = (reader.u64()?, reader.u64()?, reader.u32()?, reader.u32()?);
+        reader.u32()?;
+        let (entries, stride, pointer) = (reader.u16()?, reader.u16()?, reader.u16()?);
+        (Access::Scan(Scan { at, needle, len, entries, stride, pointer }), skip)
+    };
+    let mut sink = Sink::Part { bytes: out, skip: skip as usize, at: 0 };
+    let value = place.access(access, seen, &mut sink);
+    let Sink::Part { at, .. } = sink else { return Err(Short) };
+    Ok(match value {
+        Ok(value) => (Status::Ok, value, at),
+        Err(status) => (status, 0, 0),
+    })
+}
+
+/// Carry out a request that changes memory.
+fn change(kind: Kind, body: &[u8], seen: &Seen<'_>) -> std::result::Result<(Status, u64), Short> {
+    let mut reader = Reader::new(body);
+    let place = match seen.find(reader.handle()?) {
+        Ok(place) => place,
+        Err(status) => return Ok((status, 0)),
+    };
+    let mut nothing = Vec::new();
+    let mut sink = Sink::Message(&mut nothing);
+    let done = match kind {
+        Kind::Write => {
+            let at = reader.u64()?;
+            place.access(Access::Write { at, bytes: reader.rest() }, seen, &mut sink)
+        }
+        Kind::CompareSwap => {
+            let (at, expected, desired) = (reader.u64()?, reader.u64()?, reader.u64()?);
+            place.access(Access::CompareSwap { at, expected, desired }, seen, &mut sink)
+        }
+        Kind::FetchAdd => place.access(Access::FetchAdd { at: reader.u64()?, add: reader.u64()? }, seen, &mut sink),
+        _ => {
+            let (_size, skip, want) = (reader.u32()?, reader.u32()?, reader.u32()? as usize);
+            let count = usize::from(reader.u16()?);
+            let rest = reader.rest();
+            let (numbers, bytes) = rest.split_at_checked(count * 8).ok_or(Short)?;
+            if bytes.len() != count * want {
+                return Err(Short);
+            }
+            for (i, number) in numbers.chunks_exact(8).enumerate() {
+                let mut word = [0; 8];
+                word.copy_from_slice(number);
+                let at = u64::from_le_bytes(word).saturating_add(u64::from(skip));
+                let bytes = &bytes[i * want..(i + 1) * want];
+                if let Err(status) = place.access(Access::Write { at, bytes }, seen, &mut sink) {
+                    return Ok((status, i as u64));
+                }
+            }
+            Ok(count as u64)
+        }
+    };
+    Ok(match done {
+        Ok(value) => (Status::Ok, value),
+        Err(status) => (status, 0),
+    })
+}
+
+impl Desk {
+    /// Begin an operation on the memory of a peer on another host. Raises `Full`.
+    pub fn ask(
+        &mut self,
+        segment: &mut Segment,
+        order: &Order<'_>,
+        head: Head,
+        own: Connection,
+        rest: &[u8],
+    ) -> std::result::Result<Result<Outcome>, Short> {
+        let what = What::of(head.kind as u8, rest)?;
+        let inline = matches!(what, What::Write { from: INLINE, .. });
+        if let Err(status) = self.may_ask(order.channel, head, &what, rest) {
+            return Ok(Ok(Err(status)));
+        }
+        let mut body = [0; BODY];
+        let fixed = if inline { 32 } else { rest.len().min(BODY) };
+        body[..fixed].copy_from_slice(rest.get(..fixed).ok_or(Short)?);
+        let bytes = if inline { rest[32..].to_vec() } else { Vec::new() };
+        Ok(self.begin(segment, order.tag, head, own, body, bytes))
+    }
+
+    fn may_ask(&self, channel: u64, head: Head, what: &What, rest: &[u8]) -> std::result::Result<(), Status> {
+        if self.far.ends.get(&head.connection).is_some_and(|end| end.asks.len() >= ASKS) {
+            return Err(Status::Full);
+        }
+        match *what {
+            What::Word { .. } => return Ok(()),
+            What::Write { from: INLINE, len, .. } => {
+                return if rest.len() as u64 != 32 + len {
+                    Err(Status::Bad)
+                } else if len > SMALL as u64 {
+                    Err(Status::TooLong)
+                } else {
+                    Ok(())
+                };
+            }
+            What::Burst { each, burst } => {
+                let width = if each == Each::Indirect { 4 } else { 8 };
+                if burst.count as usize > crate::pony::desk::BURST {
+                    return Err(Status::TooLong);
+                }
+                let numbers = Piece { offset: burst.numbers, len: u64::from(burst.count) * width };
+                self.space.range(channel, numbers)?;
+            }
+            _ if what.place() == INLINE => {
+                return if what.len() > (INLINE_MAX - ANSWER) as u64 { Err(Status::TooLong) } else { Ok(()) };
+            }
+            _ => {}
+        }
+        self.space.range(channel, Piece { offset: what.place(), len: what.len() }).map(drop)
+    }
+
+    fn begin(
+        &mut self,
+        segment: &mut Segment,
+        tag: u64,
+        head: Head,
+        own: Connection,
+        body: [u8; BODY],
+        bytes: Vec<u8>,
+    ) -> Result<Outcome> {
+        let far = &mut self.far;
+        if far.asks.left() == 0 || far.blobs.left() == 0 {
+            return Ok(Err(Status::Full));
+        }
+        let blob = if bytes.is_empty() { 0 } else { far.blobs.insert(segment, Blob { bytes })? };
+        let id = far.next_id();
+        let ask = Ask { connection: head.connection, kind: head.kind as u8, body, id, tag, blob };
+        let row = far.asks.insert(segment, ask)?;
+        far.end(head.connection).asks.insert(id, row);
+        far.start(own.link, row);
+        Ok(Ok(None))
+    }
+
+    /// A request came. Raises `Full`.
+    pub(super) fn requested(
+        &mut self,
+        segment: &mut Segment,
+        link: u32,
+        ends: Ends,
+        (part, floor, kind, body): (Part, u64, u8, &[u8]),
+    ) -> Result<()> {
+        let Some(own) = self.far_connection(link, ends) else { return Ok(()) };
+        let number = ends.to;
+        if floor > own.floor {
+            self.connections.update(segment, number, |own| own.floor = floor)?;
+            self.far.forget(segment, number, floor, false)?;
+        }
+        let back = Ends { to: ends.from, from: number, stream: 0, cookie: own.cookie as u8 };
+        let ending = match Kind::of(kind) {
+            Some(kind @ (Kind::Write | Kind::Writes | Kind::CompareSwap | Kind::FetchAdd)) => {
+                if part.id < own.floor {
+                    return Ok(());
+                }
+                match self.far.remembered(number, part.id, part.part) {
+                    Some(ending) => Some((ending.status as u8, ending.value)),
+                    None => Some(self.change(segment, &own, number, part, kind, body)?),
+                }
+            }
+            Some(Kind::Read | Kind::Reads | Kind::Indirect | Kind::Indirects | Kind::Scan) => None,
+            _ => Some((Status::Bad as u8, 0)),
+        };
+        let Some(line) = self.far.lines.get_mut(&link) else { return Ok(()) };
+        let slot = line.slots.take();
+        let place = line.slots.at(slot);
+        (place.ends, place.part, place.kind, place.ending) = (Some(back), Some(part), kind, ending);
+        place.body.clear();
+        if ending.is_none() {
+            place.body.extend_from_slice(body);
+        }
+        self.far.queue(link, Item::Reply { slot });
+        Ok(())
+    }
+
+    fn change(
+        &mut self,
+        segment: &mut Segment,
+        own: &Connection,
+        number: u32,
+        part: Part,
+        kind: Kind,
+        body: &[u8],
+    ) -> Result<(u8, u64)> {
+        if self.far.endings.left() == 0 {
+            return Ok((Status::Full as u8, 0));
+        }
+        let seen = self.space.seen(own.channel, number);
+        let (status, value) = if own.channel == ECHO {
+            (Status::Ok, body.len() as u64)
+        } else {
+            change(kind, body, &seen).unwrap_or((Status::Bad, 0))
+        };
+        let ending = Ending { connection: number, id: part.id, part: part.part, status, value };
+        self.far.remember(segment, ending)?;
+        Ok((status as u8, value))
+    }
+
+    /// An answer came. Raises `Full`.
+    pub(super) fn replied(
+        &mut self,
+        segment: &mut Segment,
+        link: u32,
+        ends: Ends,
+        (part, status, value, bytes): (Part, u8, u64, &[u8]),
+    ) -> Result<()> {
+        let Some(own) = self.far_connection(link, ends) else { return Ok(()) };
+        let Far { ends: all, progress, lines, .. } = &mut self.far;
+        let Some(row) = all.get(&ends.to).and_then(|end| end.asks.get(&part.id)).copied() else { return Ok(()) };
+        let Some(progress) = progress.get_mut(&row) else { return Ok(()) };
+        if progress.attempt != part.attempt || u64::from(part.part) >= progress.plan.parts {
+            return Ok(());
+        }
+        if let Some(line) = lines.get_mut(&link) {
+            line.asked = line.asked.saturating_sub(1);
+        }
+        let status = Status::of(status).unwrap_or(Status::Bad);
+        let fits = progress.take(&self.space, own.channel, part.part.into(), bytes);
+        let status = if fits || status != Status::Ok { status } else { Status::Bad };
+        progress.note(part.part.into(), status, value);
+        if progress.got == progress.plan.parts {
+            self.finish_ask(segment, row, None)?;
+        }
+        self.far.rouse(link);
+        Ok(())
+    }
+
+    /// An operation is over, by its answers or with a status. Raises `Full`.
+    pub(super) fn finish_ask(&mut self, segment: &mut Segment, row: u32, failed: Option<Status>) -> Result<()> {
+        let Some(ask) = self.far.asks.remove(segment, row)? else { return Ok(()) };
+        if ask.blob != 0 {
+            self.far.blobs.remove(segment, ask.blob)?;
+        }
+        self.far.end(ask.connection).asks.remove(&ask.id);
+        let progress = self.far.progress.remove(&row);
+        let (status, value, bytes) = match (failed, progress) {
+            (None, Some(progress)) => progress.result(),
+            (status, _) => (status.unwrap_or(Status::Bad), 0, Vec::new()),
+        };
+        let (Some(own), Some(kind)) = (self.connections.get(ask.connection), Kind::of(ask.kind)) else { return Ok(()) };
+        self.outbox.put(own.channel, 0, ask.tag, &answer(kind, status, 0, ask.connection, value), &bytes);
+        Ok(())
+    }
+}
+
+impl Progress {
+    /// Put the bytes of a part where they belong. False when they do not fit.
+    fn take(&mut self, space: &Space, channel: u64, part: u64, bytes: &[u8]) -> bool {
+        if bytes.is_empty() {
+            return true;
+        }
+        let at = match self.what {
+            What::Burst { burst, .. } => {
+                let (first, count, skip) = self.plan.numbers(part, burst.count.into());
+                if bytes.len() as u64 > count * u64::from(burst.size) - skip {
+                    return false;
+                }
+                first * u64::from(burst.size) + skip
+            }
+            _ => part * self.plan.chunk,
+        };
+        if at + bytes.len() as u64 > self.what.len() {
+            return false;
+        }
+        if self.what.place() == INLINE {
+            let end = at as usize + bytes.len();
+            if self.inline.len() < end {
+                self.inline.resize(end, 0);
+            }
+            self.inline[at as usize..end].copy_from_slice(bytes);
+            return true;
+        }
+        let piece = Piece { offset: self.what.place() + at, len: bytes.len() as u64 };
+        let Ok((core, range)) = space.range(channel, piece) else { return false };
+        let Some(arena) = core.arena() else { return false };
+        arena.write(range.start, bytes);
+        true
+    }
+
+    fn note(&mut self, part: u64, status: Status, value: u64) {
+        self.got += 1;
+        let first = match self.what {
+            What::Burst { burst, .. } => self.plan.numbers(part, burst.count.into()).0,
+            _ => 0,
+        };
+        if status == Status::Ok {
+            if part == 0 {
+                self.value = value;
+            }
+        } else if first + value < self.bad || self.status == Status::Ok {
+            (self.status, self.bad) = (status, first + value);
+        }
+    }
+
+    fn result(self) -> (Status, u64, Vec<u8>) {
+        if self.status != Status::Ok {
+            return (self.status, if matches!(self.what, What::Burst { .. }) { self.bad } else { 0 }, Vec::new());
+        }
+        let value = match self.what {
+            What::Burst { burst, .. } => burst.count.into(),
+            What::Read { .. } | What::Write { .. } => self.what.len(),
+            _ => self.value,
+        };
+        (Status::Ok, value, self.inline)
+    }
+}
+
+impl Far {
+    /// Begin to ask, or begin again.
+    pub(super) fn start(&mut self, link: u32, row: u32) {
+        self.attempts = self.attempts.wrapping_add(1);
+        let (Some(ask), Some(line)) = (self.asks.get(row), self.lines.get_mut(&link)) else { return };
+        let Ok(what) = What::of(ask.kind, &ask.body) else { return };
+        let progress = Progress {
+            attempt: self.attempts,
+            what,
+            plan: Plan::of(&what, line),
+            got: 0,
+            status: Status::Ok,
+            bad: u64::MAX,
+            value: 0,
+            inline: Vec::new(),
+        };
+        line.asking.push_back((row, 0));
+        self.progress.insert(row, progress);
+        self.rouse(link);
+    }
+}

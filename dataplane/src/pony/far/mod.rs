@@ -1,0 +1,274 @@
+//! Between hosts: operations of our applications that other engines carry out, and of theirs that we do.
+//!
+//! What must not be lost is in the state before anything of it goes out, and an acknowledgement goes out only when what it
+//! acknowledges is in the state. So an engine that dies, or is replaced, sends again whatever its state says is under way,
+//! and a peer that learns of it does the same; who gets something for the second time knows it by its number.
+
+mod asks;
+mod control;
+mod endings;
+pub mod frame;
+mod line;
+mod ranges;
+mod receive;
+mod resync;
+pub mod rows;
+mod seal;
+mod transmit;
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+use self::asks::Progress;
+use self::line::{Item, Line};
+use self::ranges::Ranges;
+use self::rows::{Ask, Blob, Ending, Export, Held, Link, Sending, Stream};
+use super::flow::{Nanos, Wheel};
+use super::numbered::Numbered;
+use super::port::Port;
+use crate::state::{Frame, ObjectSpec, Result, Segment};
+
+/// Large messages of one connection that may be under way.
+const EXPORTS: usize = 64;
+/// Operations of one connection on the peer's memory that may be under way.
+const ASKS: usize = 1024;
+
+/// The part of an ending that is a large message's, whose number it has instead of an operation's.
+const LARGE: u32 = u32::MAX;
+
+/// What is known of one end of a connection to another host, besides its row.
+#[derive(Default)]
+struct End {
+    /// Messages that were sent, and that the peer's application took, modulo 2^32; None: it has not said yet.
+    sent: u32,
+    credit: Option<u32>,
+    /// Messages that came, and what the peer was last told of those taken.
+    came: u32,
+    told: u32,
+    /// Messages that the peer's engine does not have yet.
+    under_way: u32,
+    exports: BTreeMap<u64, u32>,
+    asks: BTreeMap<u64, u32>,
+    /// How operations of the peer ended, by number and part: rows. Large messages are numbered apart, see `LARGE`.
+    endings: BTreeMap<(u64, u32), u32>,
+    finished: BTreeMap<(u64, u32), u32>,
+    /// Large messages that the peer has, and those that come in.
+    offers: BTreeMap<u64, u64>,
+    imports: BTreeMap<u64, Import>,
+    /// Messages that came in part: of stream and number.
+    partial: HashMap<(u16, u64), (Vec<u8>, Ranges)>,
+}
+
+impl End {
+    fn endings(&mut self, part: u32) -> &mut BTreeMap<(u64, u32), u32> {
+        if part == LARGE {
+            &mut self.finished
+        } else {
+            &mut self.endings
+        }
+    }
+}
+
+/// A large message that comes in.
+#[derive(Default)]
+struct Import {
+    len: u64,
+    /// Where it goes: a posted place's row; 0: nowhere.
+    place: u32,
+    came: Ranges,
+}
+
+#[derive(Default)]
+pub struct Far {
+    links: Numbered<Link>,
+    by_host: HashMap<Vec<u8>, u32>,
+    lines: HashMap<u32, Line>,
+    streams: Numbered<Stream>,
+    by_stream: HashMap<(u32, u16), u32>,
+    sending: Numbered<Sending>,
+    /// Of each row of `sending`: which pieces the peer has.
+    acked: HashMap<u32, u16>,
+    held: Numbered<Held>,
+    by_held: HashMap<(u32, u16, u64), u32>,
+    exports: Numbered<Export>,
+    asks: Numbered<Ask>,
+    progress: HashMap<u32, Progress>,
+    /// Of operations, so that answers to an earlier one are known.
+    attempts: u32,
+    blobs: Numbered<Blob>,
+    endings: Numbered<Ending>,
+    ends: HashMap<u32, End>,
+    /// By link and number of the peer's end.
+    by_peer: HashMap<(u32, u32), u32>,
+    cookie: u32,
+    epoch: u32,
+    id: u64,
+    port: Option<Box<dyn Port + Send>>,
+    wheel: Option<Wheel>,
+    due: Vec<u32>,
+    ready: VecDeque<u32>,
+    /// Of the port's burst: how many packets there are, and how many were looked at.
+    burst: usize,
+    looked: usize,
+    opened: Vec<u8>,
+    /// The port has no room.
+    blocked: bool,
+    said: VecDeque<Vec<u8>>,
+    /// Hosts that are wanted: when that was said last.
+    wanted: HashMap<u32, Nanos>,
+    tokens: Vec<u64>,
+    looked_around: Nanos,
+    /// The state was changed outside of a poll, and is not permanent before the next one ends.
+    hold: bool,
+}
+
+impl Far {
+    pub fn objects() -> [ObjectSpec; 8] {
+        [
+            Numbered::<Link>::object(),
+            Numbered::<Stream>::object(),
+            Numbered::<Sending>::object(),
+            Numbered::<Held>::object(),
+            Numbered::<Export>::object(),
+            Numbered::<Ask>::object(),
+            Numbered::<Blob>::object(),
+            Numbered::<Ending>::object(),
+        ]
+    }
+
+    /// What the state has; links begin a new epoch. Raises `Schema`, `Damaged`, `Full`.
+    pub fn adopt(segment: &mut Segment, port: Option<Box<dyn Port + Send>>) -> Result<Far> {
+        let frame: &Frame = segment;
+        let mut far = Far {
+            links: Numbered::adopt(frame)?,
+            streams: Numbered::adopt(frame)?,
+            sending: Numbered::adopt(frame)?,
+            held: Numbered::adopt(frame)?,
+            exports: Numbered::adopt(frame)?,
+            asks: Numbered::adopt(frame)?,
+            blobs: Numbered::adopt(frame)?,
+            endings: Numbered::adopt(frame)?,
+            port,
+            hold: true,
+            ..Far::default()
+        };
+        far.by_host = far.links.iter().map(|(number, link)| (link.host.clone(), number)).collect();
+        far.by_stream = far.streams.iter().map(|(row, item)| ((item.connection, item.stream), row)).collect();
+        far.by_held = far.held.iter().map(|(row, item)| ((item.connection, item.stream, item.seq), row)).collect();
+        for (row, item) in far.endings.iter() {
+            far.ends.entry(item.connection).or_default().endings(item.part).insert((item.id, item.part), row);
+        }
+        far.epoch = far.links.iter().map(|(_, link)| link.epoch).max().unwrap_or(0) + 1;
+        far.id = line::first(far.epoch);
+        far.cookie = far.epoch << 20;
+        far.attempts = far.epoch << 20;
+        let numbers: Vec<u32> = far.links.iter().map(|(number, _)| number).collect();
+        for number in numbers {
+            let epoch = far.epoch;
+            far.links.update(segment, number, |link| link.epoch = epoch)?;
+        }
+        Ok(far)
+    }
+
+    pub fn with(port: Box<dyn Port + Send>) -> Far {
+        Far { port: Some(port), ..Far::default() }
+    }
+
+    pub fn take_port(&mut self) -> Option<Box<dyn Port + Send>> {
+        self.port.take()
+    }
+
+    pub fn port(&self) -> Option<&(dyn Port + Send)> {
+        self.port.as_deref()
+    }
+
+    /// Numbers of operations: none is used twice, not even after a crash.
+    fn next_id(&mut self) -> u64 {
+        self.id += 1;
+        self.id
+    }
+
+    pub(super) fn end(&mut self, connection: u32) -> &mut End {
+        self.ends.entry(connection).or_default()
+    }
+
+    /// Have something sent over a link, as soon as it is permanent that it is to be sent.
+    pub(super) fn queue(&mut self, link: u32, item: Item) {
+        if let Some(line) = self.lines.get_mut(&link) {
+            line.control.push_back(item);
+        }
+        self.rouse(link);
+    }
+
+    /// A line has something to do.
+    fn rouse(&mut self, link: u32) {
+        if let Some(line) = self.lines.get_mut(&link) {
+            if !line.ready {
+                line.ready = true;
+                self.ready.push_back(link);
+            }
+        }
+    }
+
+    /// Whether there is something to do now, and if not, when.
+    pub fn rest(&mut self, now: Nanos) -> Option<Nanos> {
+        if self.looked < self.burst || (!self.ready.is_empty() && !self.blocked) {
+            return None;
+        }
+        if !self.port.as_mut().is_none_or(|port| port.arm()) {
+            return None;
+        }
+        let next = self.wheel.as_ref().and_then(Wheel::next).unwrap_or(Nanos::MAX);
+        (next > now).then_some(next)
+    }
+
+    /// Whether there is something to send that the port would take.
+    pub fn eager(&self) -> bool {
+        !self.blocked && !self.ready.is_empty()
+    }
+
+    pub fn wake(&mut self) {
+        if let Some(port) = &mut self.port {
+            port.disarm();
+        }
+    }
+
+    pub fn say(&mut self) -> Option<Vec<u8>> {
+        self.said.pop_front()
+    }
+
+    /// The stream's row, made if there is none. Raises `Full`.
+    fn stream(&mut self, segment: &mut Segment, connection: u32, stream: u16) -> Result<(u32, Stream)> {
+        if let Some(row) = self.by_stream.get(&(connection, stream)).copied() {
+            if let Some(found) = self.streams.get(row) {
+                return Ok((row, *found));
+            }
+        }
+        let made = Stream { connection, stream, out: 0, next: 0 };
+        let row = self.streams.insert(segment, made)?;
+        self.by_stream.insert((connection, stream), row);
+        Ok((row, made))
+    }
+
+    /// Remember how an operation of the peer ended. Raises `Full`.
+    fn remember(&mut self, segment: &mut Segment, ending: Ending) -> Result<()> {
+        let row = self.endings.insert(segment, ending)?;
+        self.end(ending.connection).endings(ending.part).insert((ending.id, ending.part), row);
+        Ok(())
+    }
+
+    fn remembered(&self, connection: u32, id: u64, part: u32) -> Option<Ending> {
+        let end = self.ends.get(&connection)?;
+        let endings = if part == LARGE { &end.finished } else { &end.endings };
+        self.endings.get(*endings.get(&(id, part))?).copied()
+    }
+
+    /// Forget how operations below `floor` ended, or large messages: the peer knows.
+    fn forget(&mut self, segment: &mut Segment, connection: u32, floor: u64, large: bool) -> Result<()> {
+        let Some(end) = self.ends.get_mut(&connection) else { return Ok(()) };
+        let endings = if large { &mut end.finished } else { &mut end.endings };
+        while let Some(entry) = endings.first_entry().filter(|entry| entry.key().0 < floor) {
+            self.endings.remove(segment, entry.remove())?;
+        }
+        Ok(())
+    }
+}

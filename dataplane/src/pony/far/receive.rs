@@ -1,0 +1,612 @@
+//! What comes in.
+
+use super::frame::{self, Ends, Frame};
+use super::line::Item;
+use super::ranges::Ranges;
+use super::resync::pieces;
+use super::rows::{Ending, Export, Held, Sending, Stream};
+use super::{Import, EXPORTS, LARGE};
+use crate::pony::command::{answer, Head, Kind, Piece, Reader, Status};
+use crate::pony::desk::{Desk, Order, Outcome};
+use crate::pony::flow::wire::{self, Header, SEALED};
+use crate::pony::flow::{Nanos, Receipt};
+use crate::pony::outbox::CREDITS;
+use crate::pony::rows::{Connection, ECHO, NOBODY, SMALL};
+use crate::pony::transfers::End;
+use crate::state::{Result, Segment, StateError};
+
+/// Packets, and bytes of them, that are looked at in one poll.
+const PACKETS: usize = 128;
+const BYTES: usize = 256 * 1024;
+/// Rows for messages that came too early: with fewer left, such messages have to come again.
+const MARGIN: usize = 512;
+/// Large messages of one connection that come in at a time.
+const IMPORTS: usize = 8;
+/// The state learns of the progress of a large message every so many bytes.
+const STEP: u64 = 256 * 1024;
+
+impl Desk {
+    /// Take in packets; how many. Raises `Full`, `Os`.
+    pub fn receive(&mut self, segment: &mut Segment, now: Nanos) -> Result<usize> {
+        let Some(mut port) = self.far.port.take() else { return Ok(0) };
+        let mut done = 0;
+        let mut bytes = 0;
+        let mut outcome = Ok(());
+        while done < PACKETS && bytes < BYTES && self.outbox.has_room() && outcome.is_ok() {
+            if self.far.looked == self.far.burst {
+                self.far.looked = 0;
+                self.far.burst = port.receive().map_err(|error| StateError::Os {
+                    what: "receiving packets",
+                    source: std::io::Error::other(error.to_string()),
+                })?;
+                if self.far.burst == 0 {
+                    break;
+                }
+            }
+            let (packet, from) = port.packet(self.far.looked);
+            self.far.looked += 1;
+            done += 1;
+            bytes += packet.len();
+            outcome = self.packet(segment, now, packet, from.ip());
+        }
+        self.far.port = Some(port);
+        outcome.map(|()| done)
+    }
+
+    fn packet(&mut self, segment: &mut Segment, now: Nanos, packet: &[u8], from: std::net::IpAddr) -> Result<()> {
+        let Ok((_, flags, flow, number)) = wire::clear(packet) else { return Ok(()) };
+        let link = flow & 0xffff;
+        let salt = (flow >> 16) as u16;
+        if self.far.links.get(link).is_none_or(|row| row.salt != salt) {
+            return Ok(());
+        }
+        let Some(line) = self.far.lines.get_mut(&link).filter(|line| line.attached.address.ip() == from) else {
+            return Ok(());
+        };
+        let mut opened = std::mem::take(&mut self.far.opened);
+        let plain = match &line.seal {
+            None => (flags & SEALED == 0).then_some(packet),
+            Some(seal) => {
+                opened.clear();
+                opened.extend_from_slice(packet);
+                if flags & SEALED == 0 {
+                    None
+                } else {
+                    seal.open(number, &mut opened)
+                }
+            }
+        };
+        let parsed = plain.and_then(|plain| Header::parse(plain).ok());
+        let outcome = match parsed {
+            Some((header, payload)) => self.take_packet(segment, now, link, &header, payload),
+            None => {
+                line.bad += 1;
+                Ok(())
+            }
+        };
+        self.far.opened = opened;
+        outcome
+    }
+
+    fn take_packet(
+        &mut self,
+        segment: &mut Segment,
+        now: Nanos,
+        link: u32,
+        header: &Header,
+        payload: &[u8],
+    ) -> Result<()> {
+        if self.far.held.left() < MARGIN && self.comes_early(payload) {
+            return Ok(());
+        }
+        let Some(line) = self.far.lines.get_mut(&link) else { return Ok(()) };
+        let receipt = match line.flow.receive(now, header, 0) {
+            Ok(receipt) => receipt,
+            Err(_) => {
+                line.bad += 1;
+                return Ok(());
+            }
+        };
+        let restarted = line.peer_epoch.is_some() && line.peer_epoch != line.flow.peer_epoch;
+        line.peer_epoch = line.flow.peer_epoch;
+        let mut tokens = std::mem::take(&mut self.far.tokens);
+        tokens.extend(line.flow.acked());
+        for token in tokens.drain(..) {
+            self.arrived(segment, link, token as u32)?;
+        }
+        self.far.tokens = tokens;
+        if restarted {
+            self.resync(link);
+        }
+        if receipt == Receipt::Deliver {
+            let mut reader = Reader::new(payload);
+            while !reader.is_empty() {
+                let Ok((ends, frame)) = frame::parse(&mut reader) else {
+                    if let Some(line) = self.far.lines.get_mut(&link) {
+                        line.bad += 1;
+                    }
+                    break;
+                };
+                self.frame(segment, link, ends, frame)?;
+            }
+        }
+        self.far.rouse(link);
+        Ok(())
+    }
+
+    /// Whether a packet has messages that would have to be held.
+    fn comes_early(&self, payload: &[u8]) -> bool {
+        let mut reader = Reader::new(payload);
+        while let Ok((ends, frame)) = frame::parse(&mut reader) {
+            if let Frame::Message { seq, .. } = frame {
+                let row = self.far.by_stream.get(&(ends.to, ends.stream));
+                let next = row.and_then(|row| self.far.streams.get(*row)).map_or(0, |stream| stream.next);
+                if seq > next {
+                    return true;
+                }
+            }
+        }
+        false
+    }
+
+    /// The peer's engine has a packet for good.
+    fn arrived(&mut self, segment: &mut Segment, link: u32, token: u32) -> Result<()> {
+        let Some(line) = self.far.lines.get_mut(&link) else { return Ok(()) };
+        let items = std::mem::take(&mut line.packets.at(token).items);
+        for item in &items {
+            match *item {
+                Item::Reply { slot } | Item::Datagram { slot } => {
+                    if let Some(line) = self.far.lines.get_mut(&link) {
+                        line.slots.give_back(slot);
+                    }
+                }
+                Item::Message { row, id, piece } => self.message_arrived(segment, link, row, id, piece)?,
+                _ => {}
+            }
+        }
+        if let Some(line) = self.far.lines.get_mut(&link) {
+            line.packets.at(token).items = items;
+            line.packets.give_back(token);
+        }
+        Ok(())
+    }
+
+    fn message_arrived(&mut self, segment: &mut Segment, link: u32, row: u32, id: u64, piece: u32) -> Result<()> {
+        let Some(line) = self.far.lines.get(&link) else { return Ok(()) };
+        let Some(message) = self.far.sending.get(row).filter(|message| message.id == id) else { return Ok(()) };
+        let (connection, count) = (message.connection, pieces(message.bytes.len(), line.message_chunk()));
+        let acked = self.far.acked.entry(row).or_default();
+        *acked |= 1 << piece;
+        if acked.count_ones() < count {
+            return Ok(());
+        }
+        self.far.acked.remove(&row);
+        self.far.sending.remove(segment, row)?;
+        let end = self.far.end(connection);
+        end.under_way = end.under_way.saturating_sub(1);
+        if end.under_way == 0 && self.connections.get(connection).is_some_and(|own| own.channel == NOBODY) {
+            self.hang_up(segment, connection)?;
+        }
+        Ok(())
+    }
+
+    /// The row of a connection that the peer of `link` speaks of.
+    pub(super) fn far_connection(&mut self, link: u32, ends: Ends) -> Option<Connection> {
+        let own = self.connections.get(ends.to).filter(|own| own.link == link && own.cookie as u8 == ends.cookie);
+        // What comes before the answer to `Open` says that it was accepted.
+        match own {
+            Some(own) if own.peer == ends.from && !own.opening => return Some(*own),
+            Some(own) if own.opening && ends.from != 0 => return Some(*own),
+            _ => {}
+        }
+        let back = Ends { to: ends.from, from: ends.to, ..ends };
+        self.far.queue(link, Item::Gone(back));
+        None
+    }
+
+    fn frame(&mut self, segment: &mut Segment, link: u32, ends: Ends, frame: Frame<'_>) -> Result<()> {
+        match frame {
+            Frame::Open { cookie, name } => return self.opened(segment, link, ends, cookie, name),
+            Frame::Refuse { cookie, status } => return self.refused(segment, link, ends, cookie, status),
+            Frame::Gone => {
+                let own =
+                    self.connections.get(ends.to).filter(|own| own.link == link && own.cookie as u8 == ends.cookie);
+                return match own {
+                    Some(own) if !own.opening && own.peer == ends.from => self.lose(segment, ends.to, Status::Closed),
+                    _ => Ok(()),
+                };
+            }
+            _ => {}
+        }
+        let Some(own) = self.far_connection(link, ends) else { return Ok(()) };
+        if own.opening {
+            self.accepted(segment, link, ends)?;
+        }
+        match frame {
+            Frame::Close => self.lose(segment, ends.to, Status::Closed),
+            Frame::Message { seq, total, offset, bytes } => {
+                self.message_came(segment, ends, &own, seq, (total, offset, bytes))
+            }
+            Frame::Datagram { bytes } => {
+                if self.outbox.may_hold(ends.to) && own.channel < NOBODY {
+                    let head = answer(Kind::Datagram, Status::Ok, ends.stream, ends.to, bytes.len() as u64);
+                    self.outbox.put(own.channel, 0, 0, &head, bytes);
+                }
+                Ok(())
+            }
+            Frame::Credit { taken } => {
+                self.far.end(ends.to).credit = Some(taken);
+                Ok(())
+            }
+            Frame::Offer { seq, floor, len } => self.offered(segment, ends, seq, floor, len),
+            Frame::Grant { seq, at } => {
+                self.granted(link, ends.to, seq, at);
+                Ok(())
+            }
+            Frame::Piece { seq, offset, bytes } => self.piece_came(segment, ends, &own, (seq, offset, bytes)),
+            Frame::Finish { seq, status, value } => self.exported(segment, ends.to, &own, (seq, status, value)),
+            Frame::Request { part, floor, kind, body } => {
+                self.requested(segment, link, ends, (part, floor, kind, body))
+            }
+            Frame::Reply { part, status, value, bytes } => {
+                self.replied(segment, link, ends, (part, status, value, bytes))
+            }
+            Frame::Accept { .. } | Frame::Alive | Frame::Open { .. } | Frame::Refuse { .. } | Frame::Gone => Ok(()),
+        }
+    }
+
+    // -- connections ------------------------------------------------------------------------------------------
+
+    fn opened(&mut self, segment: &mut Segment, link: u32, ends: Ends, cookie: u32, name: &[u8]) -> Result<()> {
+        if let Some(number) = self.far.by_peer.get(&(link, ends.from)).copied() {
+            if self.connections.get(number).is_some_and(|own| own.cookie == cookie) {
+                self.far.queue(link, Item::Accept(number));
+                return Ok(());
+            }
+            // The peer forgot that one, for it used its number again.
+            self.lose(segment, number, Status::Closed)?;
+        }
+        let channel = if name == b".echo" { Some(ECHO) } else { self.bound(name) };
+        let refusal = match channel {
+            None => Some(Status::NoPeer),
+            Some(_) if self.connections.left() == 0 => Some(Status::Full),
+            Some(_) => None,
+        };
+        if let Some(status) = refusal {
+            self.far.queue(link, Item::Refuse { to: ends.from, cookie, status: status as u8 });
+            return Ok(());
+        }
+        let channel = channel.unwrap_or(ECHO);
+        let made = Connection { channel, peer: ends.from, link, cookie, ..Connection::default() };
+        let number = self.connections.insert(segment, made)?;
+        self.far.by_peer.insert((link, ends.from), number);
+        self.far.end(number).credit = Some(0);
+        if channel != ECHO {
+            self.outbox.put(channel, 0, 0, &answer(Kind::Connected, Status::Ok, 0, number, 0), name);
+        }
+        self.far.queue(link, Item::Accept(number));
+        Ok(())
+    }
+
+    fn accepted(&mut self, segment: &mut Segment, link: u32, ends: Ends) -> Result<()> {
+        let Some(own) = self.connections.get(ends.to).copied() else { return Ok(()) };
+        self.far.blobs.remove(segment, own.name)?;
+        self.connections.update(segment, ends.to, |own| {
+            (own.peer, own.opening, own.name) = (ends.from, false, 0);
+        })?;
+        self.far.by_peer.insert((link, ends.from), ends.to);
+        if own.channel < NOBODY {
+            let said = answer(Kind::Connect, Status::Ok, 0, ends.to, ends.to.into());
+            self.outbox.put(own.channel, 0, own.tag, &said, &[]);
+        }
+        Ok(())
+    }
+
+    fn refused(&mut self, segment: &mut Segment, link: u32, ends: Ends, cookie: u32, status: u8) -> Result<()> {
+        let own = self.connections.get(ends.to);
+        if own.is_none_or(|own| own.link != link || !own.opening || own.cookie != cookie) {
+            return Ok(());
+        }
+        self.lose(segment, ends.to, Status::of(status).unwrap_or(Status::Bad))
+    }
+
+    // -- messages ---------------------------------------------------------------------------------------------
+
+    fn message_came(
+        &mut self,
+        segment: &mut Segment,
+        ends: Ends,
+        own: &Connection,
+        seq: u64,
+        (total, offset, bytes): (u16, u16, &[u8]),
+    ) -> Result<()> {
+        let (row, stream) = self.far.stream(segment, ends.to, ends.stream)?;
+        let key = (ends.to, ends.stream, seq);
+        if seq < stream.next || self.far.by_held.contains_key(&key) || usize::from(total) > SMALL {
+            return Ok(());
+        }
+        if seq - stream.next > u64::from(CREDITS) * 4 {
+            return self.break_off(segment, ends, own);
+        }
+        if bytes.len() == usize::from(total) {
+            return self.message_whole(segment, ends, own, (row, stream), seq, bytes);
+        }
+        let partial = &mut self.far.end(ends.to).partial;
+        let (whole, came) =
+            partial.entry((ends.stream, seq)).or_insert_with(|| (vec![0; total.into()], Ranges::default()));
+        let (start, end) = (usize::from(offset), usize::from(offset) + bytes.len());
+        let Some(place) = whole.get_mut(start..end) else { return self.break_off(segment, ends, own) };
+        place.copy_from_slice(bytes);
+        came.add(start as u64, end as u64);
+        if came.floor() < whole.len() as u64 {
+            return Ok(());
+        }
+        let Some((whole, _)) = partial.remove(&(ends.stream, seq)) else { return Ok(()) };
+        self.message_whole(segment, ends, own, (row, stream), seq, &whole)
+    }
+
+    fn message_whole(
+        &mut self,
+        segment: &mut Segment,
+        ends: Ends,
+        own: &Connection,
+        (row, stream): (u32, Stream),
+        seq: u64,
+        bytes: &[u8],
+    ) -> Result<()> {
+        if seq > stream.next {
+            let id = self.far.next_id();
+            let held = Held { id, connection: ends.to, stream: ends.stream, seq, bytes: bytes.to_vec() };
+            let row = self.far.held.insert(segment, held)?;
+            self.far.by_held.insert((ends.to, ends.stream, seq), row);
+            return Ok(());
+        }
+        let mut next = seq + 1;
+        self.hand_on(segment, ends, own, bytes)?;
+        while let Some(row) = self.far.by_held.remove(&(ends.to, ends.stream, next)) {
+            if let Some(held) = self.far.held.remove(segment, row)? {
+                self.hand_on(segment, ends, own, &held.bytes)?;
+            }
+            next += 1;
+        }
+        self.far.streams.update(segment, row, |stream| stream.next = next)
+    }
+
+    /// A message's turn has come.
+    fn hand_on(&mut self, segment: &mut Segment, ends: Ends, own: &Connection, bytes: &[u8]) -> Result<()> {
+        let end = self.far.end(ends.to);
+        end.came = end.came.wrapping_add(1);
+        match own.channel {
+            NOBODY => {}
+            ECHO => {
+                self.settled(ends.to);
+                // Who does not listen to its echo has none.
+                let _ = self.far_send(segment, ends.to, own, ends.stream, bytes)?;
+            }
+            channel => {
+                let head = answer(Kind::Message, Status::Ok, ends.stream, ends.to, bytes.len() as u64);
+                self.outbox.put(channel, ends.to, 0, &head, bytes);
+            }
+        }
+        Ok(())
+    }
+
+    /// Tell the peer of messages that its application took, when it may have to know.
+    pub fn settled(&mut self, connection: u32) {
+        let Some(own) = self.connections.get(connection).filter(|own| own.link != 0) else { return };
+        let (link, held) = (own.link, self.outbox.held(connection));
+        let end = self.far.end(connection);
+        let taken = end.came.wrapping_sub(held);
+        if taken.wrapping_sub(end.told) >= CREDITS / 4 {
+            end.told = taken;
+            self.far.queue(link, Item::Credit(connection));
+        }
+    }
+
+    /// Have a message on its way to another host.
+    pub(in crate::pony) fn far_send(
+        &mut self,
+        segment: &mut Segment,
+        number: u32,
+        own: &Connection,
+        stream: u16,
+        bytes: &[u8],
+    ) -> Result<std::result::Result<u64, Status>> {
+        let end = self.far.end(number);
+        let under_way = end.credit.map_or(0, |credit| end.sent.wrapping_sub(credit));
+        if under_way >= CREDITS || self.far.sending.left() == 0 {
+            return Ok(Err(Status::Full));
+        }
+        let (row, found) = self.far.stream(segment, number, stream)?;
+        let id = self.far.next_id();
+        let message = Sending { id, connection: number, stream, seq: found.out, bytes: bytes.to_vec() };
+        let place = self.far.sending.insert(segment, message)?;
+        self.far.streams.update(segment, row, |stream| stream.out += 1)?;
+        let end = self.far.end(number);
+        end.sent = end.sent.wrapping_add(1);
+        end.under_way += 1;
+        if let Some(chunk) = self.far.lines.get(&own.link).map(super::line::Line::message_chunk) {
+            for piece in 0..pieces(bytes.len(), chunk) {
+                self.far.queue(own.link, Item::Message { row: place, id, piece });
+            }
+        }
+        Ok(Ok(bytes.len() as u64))
+    }
+
+    // -- large messages ---------------------------------------------------------------------------------------
+
+    fn offered(&mut self, segment: &mut Segment, ends: Ends, seq: u64, floor: u64, len: u64) -> Result<()> {
+        let number = ends.to;
+        let Some(own) = self.connections.get(number).copied() else { return Ok(()) };
+        if floor > own.large_floor {
+            self.connections.update(segment, number, |own| own.large_floor = floor)?;
+            self.far.forget(segment, number, floor, true)?;
+        }
+        if seq < own.large_floor {
+            return Ok(());
+        }
+        let back = Ends { to: ends.from, from: number, ..ends };
+        if let Some(ending) = self.far.remembered(number, seq, LARGE) {
+            let finish = Item::Finish { ends: back, seq, status: ending.status as u8, value: ending.value };
+            self.far.queue(own.link, finish);
+            return Ok(());
+        }
+        let end = self.far.end(number);
+        if let Some(import) = end.imports.get(&seq) {
+            let at = import.came.floor();
+            self.far.queue(own.link, Item::Grant { connection: number, seq, at });
+            return Ok(());
+        }
+        if end.offers.len() < 256 {
+            end.offers.insert(seq, len);
+        }
+        self.match_places(segment, number)
+    }
+
+    /// Large messages of another host meet the places that were posted, in order.
+    pub(in crate::pony) fn match_places(&mut self, segment: &mut Segment, number: u32) -> Result<()> {
+        loop {
+            let Some(own) = self.connections.get(number).copied() else { return Ok(()) };
+            let end = self.far.ends.entry(number).or_default();
+            if end.imports.len() >= IMPORTS {
+                return Ok(());
+            }
+            let mut seq = own.large_floor;
+            while end.imports.contains_key(&seq) || end.finished.contains_key(&(seq, LARGE)) {
+                seq += 1;
+            }
+            let Some(len) = end.offers.get(&seq).copied() else { return Ok(()) };
+            if own.channel == ECHO {
+                end.offers.remove(&seq);
+                end.imports.insert(seq, Import { len, place: 0, came: Ranges::default() });
+                self.far.queue(own.link, Item::Grant { connection: number, seq, at: 0 });
+                self.finish_import(segment, number, seq)?;
+                continue;
+            }
+            let taken = end.imports.len();
+            let Some((row, place)) = self.transfers.place(number, taken) else { return Ok(()) };
+            end.offers.remove(&seq);
+            if len > place.piece.len {
+                self.end_import(segment, number, seq, Status::TooLong, place.piece.len)?;
+                continue;
+            }
+            end.imports.insert(seq, Import { len, place: row, came: Ranges::from(place.done) });
+            self.far.queue(own.link, Item::Grant { connection: number, seq, at: place.done });
+            self.finish_import(segment, number, seq)?;
+        }
+    }
+
+    /// A large message for another host, or a place for one of its.
+    pub(in crate::pony) fn offer_far(
+        &mut self,
+        segment: &mut Segment,
+        order: &Order<'_>,
+        head: Head,
+        own: &Connection,
+        piece: Piece,
+        posted: bool,
+    ) -> Result<Outcome> {
+        let number = head.connection;
+        if posted {
+            let taken = self.transfers.add(segment, number, head.stream, true, order.tag, piece)?;
+            if !taken {
+                return Ok(Err(Status::Full));
+            }
+            self.match_places(segment, number)?;
+            return Ok(Ok(None));
+        }
+        if self.far.end(number).exports.len() >= EXPORTS || self.far.exports.left() == 0 {
+            return Ok(Err(Status::Full));
+        }
+        let seq = own.large;
+        self.connections.update(segment, number, |own| own.large += 1)?;
+        let export = Export { connection: number, stream: head.stream, seq, tag: order.tag, piece };
+        let row = self.far.exports.insert(segment, export)?;
+        self.far.end(number).exports.insert(seq, row);
+        self.far.queue(own.link, Item::Offer { row, seq });
+        Ok(Ok(None))
+    }
+
+    fn granted(&mut self, link: u32, number: u32, seq: u64, at: u64) {
+        let Some(row) = self.far.end(number).exports.get(&seq).copied() else { return };
+        let Some(line) = self.far.lines.get_mut(&link) else { return };
+        let left = self.far.exports.get(row).is_some_and(|export| at < export.piece.len);
+        if left && line.bulk.iter().all(|(other, _)| *other != row) {
+            line.bulk.push_back((row, at));
+        }
+        self.far.rouse(link);
+    }
+
+    fn piece_came(
+        &mut self,
+        segment: &mut Segment,
+        ends: Ends,
+        own: &Connection,
+        (seq, offset, bytes): (u64, u64, &[u8]),
+    ) -> Result<()> {
+        let number = ends.to;
+        let Some(import) = self.far.end(number).imports.get_mut(&seq) else { return Ok(()) };
+        let Some(end) = offset.checked_add(bytes.len() as u64).filter(|end| *end <= import.len) else {
+            return self.break_off(segment, ends, own);
+        };
+        let before = import.came.floor();
+        import.came.add(offset, end);
+        let (row, floor) = (import.place, import.came.floor());
+        if let Some(place) = self.transfers.posted(row) {
+            let piece = Piece { offset: place.piece.offset + offset, len: bytes.len() as u64 };
+            if let Ok((core, range)) = self.space.range(own.channel, piece) {
+                if let Some(arena) = core.arena() {
+                    arena.write(range.start, bytes);
+                }
+            }
+            if floor / STEP > before / STEP {
+                self.transfers.advance(segment, row, floor)?;
+            }
+        }
+        self.finish_import(segment, number, seq)
+    }
+
+    /// If all of it is here.
+    fn finish_import(&mut self, segment: &mut Segment, number: u32, seq: u64) -> Result<()> {
+        let Some(import) = self.far.end(number).imports.get(&seq).filter(|import| import.done()) else { return Ok(()) };
+        let (row, len) = (import.place, import.len);
+        self.far.end(number).imports.remove(&seq);
+        if let Some(own) = self.connections.get(number) {
+            let to = End { number, channel: own.channel };
+            self.transfers.fill(segment, to, row, 0, len, &mut self.outbox)?;
+        }
+        self.end_import(segment, number, seq, Status::Ok, len)?;
+        self.match_places(segment, number)
+    }
+
+    fn end_import(&mut self, segment: &mut Segment, number: u32, seq: u64, status: Status, value: u64) -> Result<()> {
+        self.far.remember(segment, Ending { connection: number, id: seq, part: LARGE, status, value })?;
+        let Some(own) = self.connections.get(number) else { return Ok(()) };
+        let ends = Ends { to: own.peer, from: number, stream: 0, cookie: own.cookie as u8 };
+        self.far.queue(own.link, Item::Finish { ends, seq, status: status as u8, value });
+        Ok(())
+    }
+
+    /// A large message of ours has come to its end.
+    fn exported(
+        &mut self,
+        segment: &mut Segment,
+        number: u32,
+        own: &Connection,
+        (seq, status, value): (u64, u8, u64),
+    ) -> Result<()> {
+        let Some(row) = self.far.end(number).exports.remove(&seq) else { return Ok(()) };
+        let Some(export) = self.far.exports.remove(segment, row)? else { return Ok(()) };
+        let status = Status::of(status).unwrap_or(Status::Bad);
+        let said = answer(Kind::SendArena, status, export.stream, number, value);
+        self.outbox.put(own.channel, 0, export.tag, &said, &[]);
+        Ok(())
+    }
+
+    /// The peer does what no correct one does: the connection ends, others go on.
+    fn break_off(&mut self, segment: &mut Segment, ends: Ends, own: &Connection) -> Result<()> {
+        let back = Ends { to: ends.from, from: ends.to, ..ends };
+        self.far.queue(own.link, Item::Gone(back));
+        self.lose(segment, ends.to, Status::Closed)
+    }
+}
