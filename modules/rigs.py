@@ -51,6 +51,7 @@ class ChannelPair:
         service: str = "test",
         badge: str = "test",
         rights: Iterable[str] = RIGHTS,
+        arena_bytes: int = 0,
     ) -> None:
         sizes = {
             "ring": _native.ring_bytes(slots),
@@ -71,9 +72,21 @@ class ChannelPair:
             self._gate.open(0, 1)
             geometry = (ring, up, down, slots, up_bytes, down_bytes, bells, 1)
             kept = frozenset(rights)
-            self.client = Channel.make(_native.CLIENT, *geometry, id=id, service=service, rights=kept)
+            arena = (self._keep(memory("arena", arena_bytes)), arena_bytes) if arena_bytes else (-1, 0)
+            self.client = Channel.make(
+                _native.CLIENT, *geometry, id=id, service=service, rights=kept, arena=arena
+            )
             self._serve: Callable[[], ServerChannel] = lambda: ServerChannel.make(
-                _native.SERVER, *geometry, gate, 0, id=id, service=service, badge=badge, rights=kept, line=id
+                _native.SERVER,
+                *geometry,
+                gate,
+                0,
+                id=id,
+                service=service,
+                badge=badge,
+                rights=kept,
+                line=id,
+                arena=arena,
             )
             self.server = self._serve()
         except BaseException:

@@ -58,7 +58,8 @@ _EVENT: Final = 0x80
 class _Kind(IntEnum):
     BIND, CONNECT, CLOSE, SEND, SEND_ARENA, POST, REGISTER, RELEASE = range(1, 9)
     READ, WRITE, COMPARE_SWAP, FETCH_ADD, INDIRECT, SCAN, READS, WRITES, INDIRECTS = range(9, 18)
-    CONNECTED, MESSAGE, POSTED, CLOSED = range(_EVENT | 1, _EVENT | 5)
+    SEND_DATAGRAM = 18
+    CONNECTED, MESSAGE, POSTED, CLOSED, DATAGRAM = range(_EVENT | 1, _EVENT | 6)
 
 
 class Right(IntFlag):
@@ -88,13 +89,15 @@ class Message:
 class Operation:
     """Something under way. `value` and `data` are its result when `done`."""
 
-    __slots__ = ("_pony", "data", "done", "status", "tag", "value", "what")
+    __slots__ = ("_pony", "data", "done", "scratch", "status", "tag", "value", "what")
 
     def __init__(self, pony: Pony, tag: int, what: str) -> None:
         self._pony, self.tag, self.what = pony, tag, what
         self.done = False
         self.status = self.value = 0
         self.data = b""
+        self.scratch: Place | None = None
+        """Memory that the engine reads until the end."""
 
     def result(self, timeout: float | None = None, wait: int = ADAPTIVE) -> int:
         """Wait for the end; the value. Raises PonyError as it ended, DeadlineError after `timeout` seconds: the
@@ -114,6 +117,7 @@ class Connection:
         self.closed = False
         self._pony = pony
         self._inbox: deque[Message] = deque()
+        self._datagrams: deque[bytes] = deque()
 
     # -- messages ---------------------------------------------------------------------------------------------
 
@@ -142,6 +146,19 @@ class Connection:
             self._pony._await(lambda: bool(self._inbox) or self.closed, timeout, wait)
         if self._inbox:
             return self._inbox.popleft()
+        raise failure(10, "receive")
+
+    def send_datagram(self, data: Buffer) -> None:
+        """Send up to `SMALL` bytes (to another host: what fits a packet) that may overtake others, and are lost when the
+        peer has no room for them or an engine dies. Raises TooLongError, ClosedByPeerError."""
+        self._pony._call(_Kind.SEND_DATAGRAM, self.number, bytes(data), "send a datagram")
+
+    def recv_datagram(self, timeout: float | None = None, wait: int = ADAPTIVE) -> bytes:
+        """The next datagram. Raises DeadlineError, ClosedByPeerError when there will be none."""
+        if not self._datagrams:
+            self._pony._await(lambda: bool(self._datagrams) or self.closed, timeout, wait)
+        if self._datagrams:
+            return self._datagrams.popleft()
         raise failure(10, "receive")
 
     # -- the peer's memory ------------------------------------------------------------------------------------
@@ -242,9 +259,12 @@ class Connection:
             raise UsageError(
                 f"{packed.size} times {size} bytes do not fit {place.size}", f"at most {BURST} at once"
             )
-        return self._pony._begin_burst(
-            kind, self.number, struct.pack("<QQII", handle, place.offset, size, packed.size), packed
-        )
+        scratch = self._pony.place(max(packed.nbytes, 1))
+        scratch.array(dtype)[: packed.size] = packed
+        body = struct.pack("<QQQII", handle, place.offset, scratch.offset, size, packed.size)
+        operation = self._pony._begin(kind, self.number, body, kind.name.lower())
+        operation.scratch = scratch
+        return operation
 
     # -- the end ----------------------------------------------------------------------------------------------
 
@@ -359,16 +379,6 @@ class Pony:
         self.channel.send(_HEAD.pack(kind, 0, stream, connection) + body, tag)
         return operation
 
-    def _begin_burst(self, kind: int, connection: int, body: bytes, numbers: npt.NDArray[Any]) -> Operation:
-        self._tag = tag = self._tag + 1
-        operation = self._pending[tag] = Operation(self, tag, _Kind(kind).name.lower())
-        head = _HEAD.pack(kind, 0, 0, connection) + body
-        with self.channel.loan(len(head) + numbers.nbytes) as loan:
-            loan.view[: len(head)] = head
-            loan.view[len(head) :] = numbers.view("u1").data
-            self.channel.send_loan(loan, tag)
-        return operation
-
     def _await(self, until: Callable[[], bool], timeout: float | None, wait: int) -> None:
         end = None if timeout is None else time.monotonic() + timeout
         while not until():
@@ -381,6 +391,11 @@ class Pony:
         if operation is not None:
             operation.done, operation.status, operation.value = True, status, value
             operation.data = answer[_ANSWER.size :]
+            if operation.scratch is not None:
+                operation.scratch.free()
+        elif kind == _Kind.DATAGRAM:
+            if number in self._connections:
+                self._connections[number]._datagrams.append(answer[_ANSWER.size :])
         elif kind == _Kind.MESSAGE:
             if number in self._connections:
                 self._connections[number]._inbox.append(Message(answer[_ANSWER.size :], stream))

@@ -124,6 +124,7 @@ impl Desk {
             Kind::Connect => self.connect(segment, order, reader.rest()),
             Kind::Close => self.close(segment, order.channel, head.connection),
             Kind::Send => self.send(segment, order.channel, head, reader.rest()),
+            Kind::SendDatagram => Ok(self.send_datagram(order.channel, head, reader.rest())),
             Kind::SendArena => self.offer(segment, order, head, reader.piece()?, false),
             Kind::Post => self.offer(segment, order, head, reader.piece()?, true),
             Kind::Register => {
@@ -299,6 +300,23 @@ impl Desk {
         let first = answer(Kind::Message, Status::Ok, head.stream, number, bytes.len() as u64);
         self.outbox.put(to, number, 0, &first, bytes);
         Ok(Ok(Some(bytes.len() as u64)))
+    }
+
+    /// A message without order, that is lost when its receiver has no room.
+    fn send_datagram(&mut self, channel: u64, head: Head, bytes: &[u8]) -> Outcome {
+        let len = bytes.len() as u64;
+        if let Some(own) = self.far_end(channel, head.connection) {
+            return self.far.send_datagram(head, &own, bytes).map(|()| Some(len));
+        }
+        let (number, peer) = self.peer(channel, head.connection)?;
+        if bytes.len() > SMALL {
+            return Err(Status::TooLong);
+        }
+        if self.outbox.may_hold(number) && peer.channel != ECHO {
+            let first = answer(Kind::Datagram, Status::Ok, head.stream, number, len);
+            self.outbox.put(peer.channel, number, 0, &first, bytes);
+        }
+        Ok(Some(len))
     }
 
     /// A large message in the sender's arena, or a place for one in the receiver's.

@@ -74,10 +74,8 @@ impl Engine for Pony {
             self.follow(channels, state)?;
         }
         // Before anything changes: what goes out now is permanent.
-        let now = monotonic_ns();
-        let mut moved = self.desk.transmit(now);
-        moved += self.desk.receive(state, now)?;
-        self.desk.look_around(state, now)?;
+        let mut moved = self.desk.transmit(monotonic_ns());
+        moved += self.desk.receive(state)?;
         let mut failed = None;
         let done = channels.each(budget, |channel, budget| match self.serve(channel, state, budget) {
             Ok(done) => done,

@@ -24,7 +24,7 @@ use crate::state::{Result, Segment};
 enum What {
     Read { region: Handle, at: u64, into: u64, len: u32 },
     Write { region: Handle, at: u64, from: u64, len: u64 },
-    Word { region: Handle },
+    Word,
     Indirect { region: Handle, index: u64, into: u64, len: u32 },
     Scan { region: Handle, scan: Scan, into: u64 },
     Burst { each: Each, burst: Burst },
@@ -53,7 +53,7 @@ impl What {
             Access::Read { at, len } => What::Read { region, at, into, len },
             Access::Indirect { index, len } => What::Indirect { region, index, into, len },
             Access::Scan(scan) => What::Scan { region, scan, into },
-            Access::Write { .. } | Access::CompareSwap { .. } | Access::FetchAdd { .. } => What::Word { region },
+            Access::Write { .. } | Access::CompareSwap { .. } | Access::FetchAdd { .. } => What::Word,
         })
     }
 
@@ -62,7 +62,7 @@ impl What {
             What::Read { len, .. } | What::Indirect { len, .. } => len.into(),
             What::Scan { scan, .. } => scan.len.into(),
             What::Write { len, .. } => len,
-            What::Word { .. } => 8,
+            What::Word => 8,
             What::Burst { burst, .. } => u64::from(burst.size) * u64::from(burst.count),
         }
     }
@@ -72,7 +72,7 @@ impl What {
         match *self {
             What::Read { into, .. } | What::Indirect { into, .. } | What::Scan { into, .. } => into,
             What::Write { from, .. } => from,
-            What::Word { .. } => INLINE,
+            What::Word => INLINE,
             What::Burst { burst, .. } => burst.into,
         }
     }
@@ -91,7 +91,7 @@ impl Plan {
     fn of(what: &What, line: &Line) -> Plan {
         let (reply, request) = (line.reply_chunk() as u64, line.request_chunk() as u64);
         match *what {
-            What::Word { .. } => Plan { chunk: 8, per: 0, sub: 1, parts: 1 },
+            What::Word => Plan { chunk: 8, per: 0, sub: 1, parts: 1 },
             What::Burst { each, burst } => {
                 let (size, count) = (u64::from(burst.size), u64::from(burst.count));
                 let (number, chunk) = match each {
@@ -178,17 +178,17 @@ impl View<'_> {
                 if !begin(writer, 20) {
                     return Some(false);
                 }
-                [region.word(), at + start].map(|word| writer.u64(word));
+                writer.words(&[region.word(), at + start]);
                 writer.u32(want as u32);
             }
             What::Write { region, at, .. } => {
                 if !begin(writer, 16 + want) {
                     return Some(false);
                 }
-                [region.word(), at + start].map(|word| writer.u64(word));
+                writer.words(&[region.word(), at + start]);
                 self.bytes(ask, own, what.place(), start, view, writer.take(want))?;
             }
-            What::Word { .. } => {
+            What::Word => {
                 let len = if ask.kind == Kind::FetchAdd as u8 { 24 } else { 32 };
                 if !begin(writer, len) {
                     return Some(false);
@@ -199,16 +199,16 @@ impl View<'_> {
                 if !begin(writer, 28) {
                     return Some(false);
                 }
-                [region.word(), index].map(|word| writer.u64(word));
-                [len, start as u32, want as u32].map(|word| writer.u32(word));
+                writer.words(&[region.word(), index]);
+                writer.halves(&[len, start as u32, want as u32]);
             }
             What::Scan { region, scan, .. } => {
                 if !begin(writer, 42) {
                     return Some(false);
                 }
-                [region.word(), scan.at, scan.needle].map(|word| writer.u64(word));
-                [scan.len, start as u32, want as u32].map(|word| writer.u32(word));
-                [scan.entries, scan.stride, scan.pointer].map(|word| writer.u16(word));
+                writer.words(&[region.word(), scan.at, scan.needle]);
+                writer.halves(&[scan.len, start as u32, want as u32]);
+                [scan.entries, scan.stride, scan.pointer].into_iter().for_each(|half| writer.u16(half));
             }
             What::Burst { each, burst } => {
                 let (first, count, skip) = plan.numbers(index, burst.count.into());
@@ -220,7 +220,7 @@ impl View<'_> {
                     return Some(false);
                 }
                 writer.u64(burst.region.word());
-                [burst.size, skip as u32, each_want as u32].map(|word| writer.u32(word));
+                writer.halves(&[burst.size, skip as u32, each_want as u32]);
                 writer.u16(count as u16);
                 let numbers = Piece { offset: burst.numbers + first * width, len: count * width };
                 let (core, range) = view.space.range(own.channel, numbers).ok()?;
@@ -298,29 +298,19 @@ fn writer_limit(writer: &Writer<'_>) -> usize {
 
 /// The most bytes that a request wants.
 fn wanted(kind: u8, body: &[u8]) -> std::result::Result<usize, Short> {
-    let mut reader = Reader::new(body);
-    Ok(match Kind::of(kind).ok_or(Short)? {
-        Kind::Read => {
-            [reader.u64()?, reader.u64()?];
-            reader.u32()? as usize
-        }
-        Kind::Indirect => {
-            [reader.u64()?, reader.u64()?];
-            [reader.u32()?, reader.u32()?];
-            reader.u32()? as usize
-        }
-        Kind::Scan => {
-            [reader.u64()?, reader.u64()?, reader.u64()?];
-            [reader.u32()?, reader.u32()?];
-            reader.u32()? as usize
-        }
-        Kind::Reads | Kind::Indirects => {
-            reader.u64()?;
-            [reader.u32()?, reader.u32()?];
-            reader.u32()? as usize * usize::from(reader.u16()?)
-        }
+    let kind = Kind::of(kind).ok_or(Short)?;
+    // Words and halves before it.
+    let (words, halves) = match kind {
+        Kind::Read => (2, 0),
+        Kind::Indirect => (2, 2),
+        Kind::Scan => (3, 2),
+        Kind::Reads | Kind::Indirects => (1, 2),
         _ => return Err(Short),
-    })
+    };
+    let mut reader = Reader::new(body.get(words * 8 + halves * 4..).ok_or(Short)?);
+    let want = reader.u32()? as usize;
+    let many = matches!(kind, Kind::Reads | Kind::Indirects);
+    Ok(if many { want * usize::from(reader.u16()?) } else { want })
 }
 
 /// Carry out a request that reads: how it went, its value, bytes of `out`.
@@ -435,7 +425,7 @@ impl Desk {
             return Err(Status::Full);
         }
         match *what {
-            What::Word { .. } => return Ok(()),
+            What::Word => return Ok(()),
             What::Write { from: INLINE, len, .. } => {
                 return if rest.len() as u64 != 32 + len {
                     Err(Status::Bad)

@@ -85,8 +85,9 @@ impl Desk {
                 };
                 self.attach(segment, &host, Attached { remote, address, version, algorithm, mtu, keys })?
             }
-            Request::Refuse { host, why: _ } => {
+            Request::Refuse { host, why } => {
                 if let Some(link) = self.far.by_host.get(host.as_bytes()).copied() {
+                    self.far.refusals.insert(link, why);
                     if !self.far.lines.contains_key(&link) {
                         self.give_up(segment, link, Status::Unreachable)?;
                     }
@@ -119,6 +120,7 @@ impl Desk {
             row.salt = row.salt.wrapping_add(1);
             row.attached = Some(attached);
         })?;
+        self.far.refusals.remove(&link);
         if let Some(row) = self.far.links.get(link) {
             self.far.ready.retain(|other| *other != link);
             self.far.lines.insert(link, Line::new(row, attached));
@@ -147,7 +149,8 @@ impl Desk {
                 let connections = self.connections.iter().filter(|(_, own)| own.link == link).count();
                 let host = String::from_utf8_lossy(&row.host);
                 let Some(line) = self.far.lines.get(&link) else {
-                    return json!({ "host": host, "connections": connections, "attached": false });
+                    let why = self.far.refusals.get(&link);
+                    return json!({ "host": host, "connections": connections, "attached": false, "refused": why });
                 };
                 let (flow, counts) = (&line.flow, line.flow.counts);
                 json!({

@@ -1,20 +1,23 @@
 //! How connections to other hosts begin and end.
 
-use super::frame::Ends;
+use super::frame::{Ends, DATAGRAM};
 use super::line::Item;
 use super::rows::{Blob, Link, HOST};
 use super::Far;
-use crate::pony::command::{answer, Kind, Status, NAME};
+use crate::pony::command::{answer, Head, Kind, Status, NAME};
 use crate::pony::desk::{Desk, Outcome};
 use crate::pony::flow::{Nanos, MILLISECOND};
 use crate::pony::rows::{Connection, NOBODY};
 use crate::pony::transfers::End;
 use crate::state::{Result, Segment};
+use crate::stats::monotonic_ns;
 
 /// How long nothing was heard, though something is under way, until connections are given up, and until control code is
 /// asked for another way.
 const GIVE_UP: Nanos = 10_000 * MILLISECOND;
 const LOOK_AROUND: Nanos = 2_000 * MILLISECOND;
+/// What waits to go to one host, beyond which datagrams are lost.
+const MOST_QUEUED: usize = 4096;
 const EVERY: Nanos = 100 * MILLISECOND;
 
 impl Desk {
@@ -47,7 +50,11 @@ impl Desk {
         let made = Connection { channel, link, cookie, opening: true, tag, name, ..Connection::default() };
         let number = self.connections.insert(segment, made)?;
         self.far.end(number).credit = Some(0);
-        self.far.queue(link, Item::Open(number));
+        if self.far.lines.contains_key(&link) {
+            self.far.queue(link, Item::Open(number));
+        } else {
+            self.far.want(link, monotonic_ns());
+        }
         Ok(Ok(None))
     }
 
@@ -145,6 +152,29 @@ impl Desk {
 }
 
 impl Far {
+    /// Have a datagram on its way. It is in no state: a crash loses it, and so does a line that has too many.
+    pub(in crate::pony) fn send_datagram(
+        &mut self,
+        head: Head,
+        own: &Connection,
+        bytes: &[u8],
+    ) -> std::result::Result<(), Status> {
+        let Some(line) = self.lines.get_mut(&own.link) else { return Ok(()) };
+        if bytes.len() > line.room() - DATAGRAM {
+            return Err(Status::TooLong);
+        }
+        if line.control.len() < MOST_QUEUED {
+            let slot = line.slots.take();
+            let place = line.slots.at(slot);
+            let (to, from, stream, cookie) = (own.peer, head.connection, head.stream, own.cookie as u8);
+            place.ends = Some(Ends { to, from, stream, cookie });
+            place.body.clear();
+            place.body.extend_from_slice(bytes);
+            self.queue(own.link, Item::Datagram { slot });
+        }
+        Ok(())
+    }
+
     /// A link to `host`, without a way there. Raises `Full`.
     pub(super) fn link(&mut self, segment: &mut Segment, host: &[u8]) -> Result<u32> {
         let made = Link { host: host.to_vec(), salt: 0, epoch: self.epoch, attached: None };

@@ -152,6 +152,14 @@ impl<'a> Writer<'a> {
         self.put(&value.to_le_bytes());
     }
 
+    pub fn halves(&mut self, values: &[u32]) {
+        values.iter().for_each(|value| self.u32(*value));
+    }
+
+    pub fn words(&mut self, values: &[u64]) {
+        values.iter().for_each(|value| self.u64(*value));
+    }
+
     fn head(&mut self, kind: u8, ends: Ends) {
         self.put(&[kind, ends.cookie]);
         self.u16(ends.stream);
@@ -174,7 +182,7 @@ impl<'a> Writer<'a> {
         self.u16(len as u16);
     }
 
-    /// Begin a `Reply` whose data are the next `len` bytes; `settle_reply` says how it went.
+    /// Begin a `Reply` whose data are the next `len` bytes.
     pub fn reply(&mut self, ends: Ends, part: Part, status: u8, value: u64, len: usize) {
         self.head(15, ends);
         self.part(part);
@@ -223,11 +231,11 @@ impl<'a> Writer<'a> {
             }
             Frame::Offer { seq, floor, len } => {
                 self.head(10, ends);
-                [seq, floor, len].map(|word| self.u64(word));
+                self.words(&[seq, floor, len]);
             }
             Frame::Grant { seq, at } => {
                 self.head(11, ends);
-                [seq, at].map(|word| self.u64(word));
+                self.words(&[seq, at]);
             }
             Frame::Piece { seq, offset, bytes } => {
                 self.piece(ends, seq, offset, bytes.len());

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use super::frame::{Ends, Part, PIECE, REPLY, REQUEST};
+use super::frame::{Ends, Part, REPLY, REQUEST};
 use super::rows::{Attached, Link};
 use super::seal::Seal;
 use crate::pony::flow::{Flow, Nanos, Settings};
@@ -71,10 +71,6 @@ impl<T: Default> Slab<T> {
 
     pub fn give_back(&mut self, number: u32) {
         self.free.push(number);
-    }
-
-    pub fn used(&self) -> usize {
-        self.items.len() - self.free.len()
     }
 
     pub fn at(&mut self, number: u32) -> &mut T {
@@ -157,10 +153,6 @@ impl Line {
 
     pub fn request_chunk(&self) -> usize {
         self.room() - REQUEST
-    }
-
-    pub fn piece_chunk(&self) -> usize {
-        self.room() - PIECE
     }
 }
 

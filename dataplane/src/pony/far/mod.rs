@@ -117,6 +117,8 @@ pub struct Far {
     wanted: HashMap<u32, Nanos>,
     tokens: Vec<u64>,
     looked_around: Nanos,
+    /// Why control code found no way to a host, until it does.
+    refusals: HashMap<u32, String>,
     /// The state was changed outside of a poll, and is not permanent before the next one ends.
     hold: bool,
 }
@@ -187,12 +189,12 @@ impl Far {
         self.id
     }
 
-    pub(super) fn end(&mut self, connection: u32) -> &mut End {
+    fn end(&mut self, connection: u32) -> &mut End {
         self.ends.entry(connection).or_default()
     }
 
     /// Have something sent over a link, as soon as it is permanent that it is to be sent.
-    pub(super) fn queue(&mut self, link: u32, item: Item) {
+    fn queue(&mut self, link: u32, item: Item) {
         if let Some(line) = self.lines.get_mut(&link) {
             line.control.push_back(item);
         }

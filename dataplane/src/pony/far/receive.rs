@@ -14,6 +14,7 @@ use crate::pony::outbox::CREDITS;
 use crate::pony::rows::{Connection, ECHO, NOBODY, SMALL};
 use crate::pony::transfers::End;
 use crate::state::{Result, Segment, StateError};
+use crate::stats::monotonic_ns;
 
 /// Packets, and bytes of them, that are looked at in one poll.
 const PACKETS: usize = 128;
@@ -27,11 +28,12 @@ const STEP: u64 = 256 * 1024;
 
 impl Desk {
     /// Take in packets; how many. Raises `Full`, `Os`.
-    pub fn receive(&mut self, segment: &mut Segment, now: Nanos) -> Result<usize> {
+    pub fn receive(&mut self, segment: &mut Segment) -> Result<usize> {
         let Some(mut port) = self.far.port.take() else { return Ok(0) };
         let mut done = 0;
         let mut bytes = 0;
         let mut outcome = Ok(());
+        let mut now = monotonic_ns();
         while done < PACKETS && bytes < BYTES && self.outbox.has_room() && outcome.is_ok() {
             if self.far.looked == self.far.burst {
                 self.far.looked = 0;
@@ -39,6 +41,7 @@ impl Desk {
                     what: "receiving packets",
                     source: std::io::Error::other(error.to_string()),
                 })?;
+                now = monotonic_ns();
                 if self.far.burst == 0 {
                     break;
                 }
@@ -50,7 +53,9 @@ impl Desk {
             outcome = self.packet(segment, now, packet, from.ip());
         }
         self.far.port = Some(port);
-        outcome.map(|()| done)
+        outcome?;
+        self.look_around(segment, now)?;
+        Ok(done)
     }
 
     fn packet(&mut self, segment: &mut Segment, now: Nanos, packet: &[u8], from: std::net::IpAddr) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use super::frame::{self, Ends, Frame, Writer};
 use super::line::{Item, Line, PARTS};
-use super::rows::{Export, Link, Sending};
+use super::rows::{Export, Sending};
 use super::{asks, seal, End, Far};
 use crate::pony::command::Piece;
 use crate::pony::desk::Desk;
@@ -22,7 +22,6 @@ const LEAST_PIECE: usize = 256;
 pub struct View<'a> {
     pub connections: &'a Numbered<Connection>,
     pub space: &'a Space,
-    pub links: &'a Numbered<Link>,
     pub sending: &'a Numbered<Sending>,
     pub exports: &'a Numbered<Export>,
     pub asks: asks::View<'a>,
@@ -103,9 +102,9 @@ impl Desk {
         let Some(frame) = port.frame() else { return false };
         let Some(body) = frame.get_mut(start..start + room) else { return false };
         let mut writer = Writer::new(body);
-        let Far { links, sending, exports, asks, blobs, progress, ends, .. } = &self.far;
+        let Far { sending, exports, asks, blobs, progress, ends, .. } = &self.far;
         let asks = asks::View { asks, blobs, progress };
-        let view = View { connections: &self.connections, space: &self.space, links, sending, exports, asks, ends };
+        let view = View { connections: &self.connections, space: &self.space, sending, exports, asks, ends };
         let token = match again {
             Some(token) => {
                 let items = std::mem::take(&mut line.packets.at(token as u32).items);
