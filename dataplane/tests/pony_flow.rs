@@ -85,3 +85,41 @@ const EVERYTHING: Faults = Faults {
 fn everything_at_once() {
     everywhere("everything", 40_000, EVERYTHING);
 }
+
+#[test]
+fn more_reordering_than_a_round_trip_is_learnt() {
+    for reorder in [0.02, 0.3] {
+        for extra in [100, 400] {
+            let faults = Faults { reorder, extra: extra * MICROSECOND, ..Faults::default() };
+            run(&format!("{reorder} late by {extra} us"), extra, SETTINGS, (200_000, 0), faults);
+        }
+    }
+}
+
+/// Tokens that come one at a time, each after the one before was acknowledged: every loss is one of a tail.
+#[test]
+fn a_lost_tail_is_probed() {
+    let mut world = World::new(1, links(Faults { loss: 0.05, ..Faults::default() }));
+    let me = world.flow(SETTINGS, (5_000, 0), (0, 1), 0) as usize;
+    world.ends[me].one_by_one = true;
+    world.finish(600 * SECOND);
+    world.report("one by one");
+}
+
+#[test]
+fn either_side_dies_and_comes_back() {
+    for seed in 1..=20 {
+        for faults in [Faults::default(), EVERYTHING] {
+            let mut world = World::new(seed, links(faults));
+            let me = world.flow(SETTINGS, (20_000, 20_000), (0, 1), 0);
+            for _ in 0..10 {
+                let pause = world.rng.below(3 * MILLISECOND);
+                world.run_until(world.now + pause);
+                let who = me + world.rng.below(2) as u32;
+                world.restart(who);
+            }
+            world.finish(600 * SECOND);
+            world.report("restarts");
+        }
+    }
+}

@@ -44,6 +44,8 @@ pub struct End {
     pub link: usize,
     pub started_at: Nanos,
     next: u64,
+    /// It has nothing new to send while something is under way.
+    pub one_by_one: bool,
     /// After a restart: what the layer above gives the flow once more.
     again: Vec<u64>,
     /// When it is going to be looked at.
@@ -65,11 +67,25 @@ impl End {
     pub fn new(me: u32, peer: u32, link: usize, mut settings: Settings, started_at: Nanos) -> End {
         settings.remote = peer;
         let flow = Flow::new(settings);
-        End { flow, me, peer, link, started_at, next: 0, again: Vec::new(), wake_at: Nanos::MAX, refused: 0 }
+        End {
+            flow,
+            me,
+            peer,
+            link,
+            started_at,
+            next: 0,
+            one_by_one: false,
+            again: Vec::new(),
+            wake_at: Nanos::MAX,
+            refused: 0,
+        }
     }
 
     /// It dies and comes back: what was not acknowledged is sent again.
-    pub fn restart(&mut self, mine: &mut Books, theirs: &mut Books) {
+    pub fn restart(&mut self, now: Nanos, mine: &mut Books, theirs: &mut Books) {
+        for token in self.flow.acked() {
+            mine.ack(now, token as usize);
+        }
         let mut settings = self.flow.settings;
         settings.epoch += 1;
         settings.first = self.flow.used() + 1;
@@ -86,7 +102,7 @@ impl End {
         if let Some(token) = self.again.pop() {
             return Some(token);
         }
-        if self.next == tokens as u64 || now < self.started_at {
+        if self.next == tokens as u64 || now < self.started_at || (self.one_by_one && !self.flow.idle()) {
             return None;
         }
         self.next += 1;

@@ -8,7 +8,7 @@ use std::collections::BinaryHeap;
 
 use end::{Books, End};
 use link::{Link, Rng};
-use snap_dataplane::pony::flow::{Algorithm, Nanos, Settings, Version, MILLISECOND};
+use snap_dataplane::pony::flow::{Algorithm, Header, Nanos, Settings, Version, MILLISECOND};
 
 /// What a packet with payload weighs on a link: as one that fills its frame.
 pub const FULL: usize = 4_096;
@@ -109,6 +109,11 @@ impl World {
         })
     }
 
+    fn release(&mut self, buffer: u32) {
+        self.packets[buffer as usize].clear();
+        self.free.push(buffer);
+    }
+
     pub fn pump(&mut self, who: u32) {
         let me = who as usize;
         for round in 0.. {
@@ -116,7 +121,7 @@ impl World {
             let buffer = self.buffer();
             let packet = &mut self.packets[buffer as usize];
             if !self.ends[me].next_packet(self.now, &mut self.books[me], packet) {
-                self.free.push(buffer);
+                self.release(buffer);
                 break;
             }
             let (to, link) = (self.ends[me].peer, self.ends[me].link);
@@ -132,13 +137,30 @@ impl World {
             }
             match first {
                 Some((at, waits)) => self.schedule(at, Event::Arrive(buffer, to, waits)),
-                None => self.free.push(buffer),
+                None => self.release(buffer),
             }
         }
         if let Some(at) = self.ends[me].wants(self.now) {
             let at = at.max(self.now + 1);
             self.wake(who, at);
         }
+    }
+
+    pub fn restart(&mut self, who: u32) {
+        let (me, peer) = (who as usize, self.ends[who as usize].peer as usize);
+        let mut mine = std::mem::take(&mut self.books[me]);
+        self.ends[me].restart(self.now, &mut mine, &mut self.books[peer]);
+        self.books[me] = mine;
+        // What its packets in the network carry comes once more in any case.
+        for packet in &self.packets {
+            if let Ok((header, bytes)) = Header::parse(packet) {
+                if header.flow == who && header.carries() {
+                    self.books[peer].excused[u64::from_le_bytes(bytes[..8].try_into().expect("is 8 bytes")) as usize] =
+                        true;
+                }
+            }
+        }
+        self.pump(who);
     }
 
     /// One event; whether there was one.
@@ -160,7 +182,7 @@ impl World {
                 let end = &mut ends[to as usize];
                 let theirs = &mut books[end.peer as usize];
                 end.receive(at, &packets[buffer as usize], waits, theirs, scratch);
-                self.free.push(buffer);
+                self.release(buffer);
                 self.pump(to);
             }
         }
@@ -200,7 +222,7 @@ impl World {
     pub fn report(&self, what: &str) {
         for (end, books) in self.ends.iter().zip(&self.books).take(2) {
             let counts = end.flow.counts;
-            if counts.sent + counts.acks > 0 {
+            if counts.sent > 0 {
                 println!(
                     "{what}: {} tokens in {} us: again {:.2} %, needless {:.2} %, {:?}, paths {}, window {:.2}",
                     books.acked.len(),

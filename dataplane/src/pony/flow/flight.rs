@@ -124,7 +124,10 @@ impl Flight {
         rtt: &Rtt,
         tokens: &mut Vec<u64>,
     ) -> Result<Acked, PeerError> {
-        if header.ack > self.next {
+        // All of it is checked before any of it counts.
+        let top = header.sack.iter().rposition(|bits| *bits != 0);
+        let top = top.map_or(0, |word| 64 * (word as u64 + 1) - u64::from(header.sack[word].leading_zeros()));
+        if header.ack > self.next || (top > 0 && top >= self.next - header.ack) {
             return Err(PeerError::AckOfNothing);
         }
         let mut acked = Acked::default();
@@ -136,9 +139,6 @@ impl Flight {
             while bits != 0 {
                 let seq = header.ack + 1 + word as u64 * 64 + u64::from(bits.trailing_zeros());
                 bits &= bits - 1;
-                if seq >= self.next {
-                    return Err(PeerError::AckOfNothing);
-                }
                 if seq >= self.floor {
                     self.arrived(now, seq, header, rtt, tokens, &mut acked);
                 }
