@@ -38,11 +38,12 @@ impl Books {
 
 pub struct End {
     pub flow: Flow,
-    pub me: u32,
     pub peer: u32,
     /// The link that it sends on.
     pub link: usize,
     pub started_at: Nanos,
+    /// How far its clock is ahead of the world's.
+    pub ahead: Nanos,
     next: u64,
     /// It has nothing new to send while something is under way.
     pub one_by_one: bool,
@@ -64,15 +65,15 @@ pub fn payload(token: u64, bytes: &mut Vec<u8>) {
 }
 
 impl End {
-    pub fn new(me: u32, peer: u32, link: usize, mut settings: Settings, started_at: Nanos) -> End {
+    pub fn new(peer: u32, link: usize, mut settings: Settings, started_at: Nanos) -> End {
         settings.remote = peer;
         let flow = Flow::new(settings);
         End {
             flow,
-            me,
             peer,
             link,
             started_at,
+            ahead: 0,
             next: 0,
             one_by_one: false,
             again: Vec::new(),
@@ -119,7 +120,7 @@ impl End {
                 return;
             }
         };
-        let receipt = self.flow.receive(now, &header, waited).expect("no peer lies here");
+        let receipt = self.flow.receive(now + self.ahead, &header, waited).expect("no peer lies here");
         if receipt == Receipt::Deliver {
             let token = u64::from_le_bytes(bytes[..8].try_into().expect("is 8 bytes"));
             scratch.clear();
@@ -137,7 +138,7 @@ impl End {
         packet.clear();
         packet.resize(self.flow.settings.version.header(), 0);
         let start = packet.len();
-        let token = match self.flow.poll(now) {
+        let token = match self.flow.poll(now + self.ahead) {
             Send::Again(token) => Some(token),
             Send::New => self.supply(now, books.acked.len()),
             Send::Nothing => None,
@@ -145,9 +146,9 @@ impl End {
         let header = match token {
             Some(token) => {
                 payload(token, packet);
-                self.flow.header(now, token, (packet.len() - start) as u16)
+                self.flow.header(now + self.ahead, token, (packet.len() - start) as u16)
             }
-            None if self.flow.ack_due(now) => self.flow.ack(now),
+            None if self.flow.ack_due(now + self.ahead) => self.flow.ack(now + self.ahead),
             None => return false,
         };
         header.write(packet);
@@ -157,7 +158,8 @@ impl End {
     /// When it wants to be looked at next.
     pub fn wants(&self, now: Nanos) -> Option<Nanos> {
         let start = Some(self.started_at).filter(|at| *at > now);
-        let paced = Some(self.flow.paced_until()).filter(|at| *at > now);
-        [start, paced, self.flow.deadline()].into_iter().flatten().min()
+        let paced = Some(self.flow.paced_until().saturating_sub(self.ahead)).filter(|at| *at > now);
+        let deadline = self.flow.deadline().map(|at| at - self.ahead);
+        [start, paced, deadline].into_iter().flatten().min()
     }
 }

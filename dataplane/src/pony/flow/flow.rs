@@ -85,7 +85,7 @@ pub struct Counts {
 pub struct Flow {
     pub settings: Settings,
     flight: Flight,
-    window: Window,
+    came: Window,
     congestion: Congestion,
     pub rtt: Rtt,
     pub path: Path,
@@ -122,7 +122,7 @@ impl Flow {
         Flow {
             settings,
             flight: Flight::new(settings.first),
-            window: Window::default(),
+            came: Window::default(),
             congestion: Congestion::new(settings.algorithm, settings.version.window() as f64),
             rtt: Rtt::default(),
             path: Path::default(),
@@ -181,8 +181,8 @@ impl Flow {
         if !header.carries() {
             return Ok(Receipt::Nothing);
         }
-        self.window.raise(header.floor.min(header.seq));
-        let place = self.window.place(header.seq, self.settings.version);
+        self.came.raise(header.floor.min(header.seq));
+        let place = self.came.place(header.seq, self.settings.version);
         if place == Place::Beyond {
             return Err(PeerError::BeyondWindow);
         }
@@ -196,15 +196,15 @@ impl Flow {
             return Ok(Receipt::Nothing);
         }
         // A new hole, or less of one, is worth telling; what follows a hole in order is not.
-        let in_order = self.window.take(header.seq);
+        let in_order = self.came.take(header.seq);
         self.ack_now |= header.flags & ACK_NOW != 0 || !in_order;
         Ok(Receipt::Deliver)
     }
 
     fn begin_epoch(&mut self, header: &Header) {
         self.peer_epoch = Some(header.epoch);
-        self.window = Window::default();
-        self.window.raise(header.floor);
+        self.came = Window::default();
+        self.came.raise(header.floor);
         (self.echo, self.echo_number, self.echo_queued) = (0, 0, 0);
         (self.unacked, self.ack_now) = (0, false);
     }
@@ -221,8 +221,11 @@ impl Flow {
             // More than two seconds is a clock that wrapped, or a lie.
             if trip < 1 << 31 {
                 let sample = Sample { rtt: Nanos::from(trip), queued: header.queued.into(), acked: acked.packets };
-                self.rtt.sample(now, sample.rtt);
-                self.congestion.on_ack(now, &self.rtt, sample);
+                self.rtt.sample(now, header.sent_at, sample.rtt);
+                // A look says nothing about the share of the path that this flow may have.
+                if !self.rtt.looking() {
+                    self.congestion.on_ack(now, &self.rtt, sample);
+                }
                 let congested = self.congestion.congested(&self.rtt, sample);
                 self.path.on_ack(acked.packets, congested, self.flight.flying);
             }
@@ -293,6 +296,14 @@ impl Flow {
         (self.probed, self.probe_due) = (true, false);
     }
 
+    fn window(&self) -> f64 {
+        // After a timeout one packet at a time finds out whether the path works.
+        if self.backoff > 0 || self.rtt.looking() {
+            return self.congestion.window().min(1.0);
+        }
+        self.congestion.window()
+    }
+
     /// What may go out at `now`; ask again after each packet.
     pub fn poll(&mut self, now: Nanos) -> Send {
         self.timers(now);
@@ -303,9 +314,7 @@ impl Flow {
                 return Send::Again(self.flight.token(seq));
             }
         }
-        // After a timeout one packet at a time finds out whether the path works.
-        let window = if self.backoff > 0 { 1.0 } else { self.congestion.window().max(1.0) };
-        let room = f64::from(self.flight.flying) < window;
+        let room = f64::from(self.flight.flying) < self.window().max(1.0);
         if !room || now < self.next_send {
             return Send::Nothing;
         }
@@ -341,7 +350,7 @@ impl Flow {
         let gap = self.congestion.gap(&self.rtt);
         self.next_send = if gap == 0 { 0 } else { self.next_send.max(now.saturating_sub(gap)) + gap };
         self.unasked += 1;
-        let every = (self.congestion.window() / ACKS_PER_WINDOW) as u32;
+        let every = (self.window() / ACKS_PER_WINDOW) as u32;
         let ask = again || (every < ACK_EVERY && self.unasked >= every);
         if ask {
             self.unasked = 0;
@@ -379,12 +388,12 @@ impl Flow {
             epoch,
             seq,
             floor: self.flight.floor,
-            ack: self.window.ack,
+            ack: self.came.ack,
             sent_at: (now as u32).max(1),
             echo: self.echo,
             hold: now.saturating_sub(self.echo_at).min(Nanos::from(u32::MAX)) as u32,
             queued: self.echo_queued,
-            sack: self.window.sack(),
+            sack: self.came.sack(),
         }
     }
 
