@@ -80,7 +80,7 @@ impl Congestion {
     pub fn congested(&self, rtt: &Rtt, sample: Sample) -> bool {
         match self {
             Congestion::Swift(swift) => swift.congested(rtt, sample),
-            Congestion::Timely(timely) => timely.congested(sample),
+            Congestion::Timely(timely) => timely.congested(rtt, sample),
         }
     }
 }

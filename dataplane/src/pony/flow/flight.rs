@@ -4,13 +4,14 @@ use std::collections::VecDeque;
 
 use super::rtt::Rtt;
 use super::wire::Header;
-use super::{Nanos, PeerError};
+use super::{Nanos, PeerError, MILLISECOND};
 
 /// Slots of the ring: the widest window, and a power of two.
 const SLOTS: usize = 256;
-const MOST_STEPS: u32 = 16;
-/// Recoveries without a needless retransmission after which the reordering window shrinks.
-const CALM: u32 = 16;
+/// How late a packet may come at most, and still be waited for: probes and timeouts come soon after.
+const MOST_LATE: Nanos = MILLISECOND;
+/// Losses without a needless retransmission after which packets are waited for less.
+const CALM: u32 = 64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -23,12 +24,14 @@ enum State {
 struct Sent {
     state: State,
     token: u64,
+    /// When it was sent last, and the time before that.
     at: Nanos,
+    before: Nanos,
     number: u64,
     times: u32,
 }
 
-const NOTHING: Sent = Sent { state: State::Done, token: 0, at: 0, number: 0, times: 0 };
+const NOTHING: Sent = Sent { state: State::Done, token: 0, at: 0, before: 0, number: 0, times: 0 };
 
 pub struct Flight {
     ring: Vec<Sent>,
@@ -42,8 +45,8 @@ pub struct Flight {
     /// Of the packet that was transmitted last among those that were received: when, which, its round trip.
     newest: (Nanos, u64),
     newest_rtt: Nanos,
-    /// The reordering window, in quarters of the smallest round trip.
-    steps: u32,
+    /// How much later than those sent after them packets have come of late; losses since one was late.
+    late: Nanos,
     calm: u32,
     pub spurious: u64,
 }
@@ -65,7 +68,7 @@ impl Flight {
             lost: VecDeque::with_capacity(SLOTS),
             newest: (0, 0),
             newest_rtt: 0,
-            steps: 1,
+            late: 0,
             calm: 0,
             spurious: 0,
         }
@@ -79,7 +82,7 @@ impl Flight {
     pub fn launch(&mut self, now: Nanos, token: u64, number: u64) -> u64 {
         let seq = self.next;
         self.next += 1;
-        *self.at(seq) = Sent { state: State::Flying, token, at: now, number, times: 1 };
+        *self.at(seq) = Sent { state: State::Flying, token, at: now, before: now, number, times: 1 };
         self.flying += 1;
         self.order.push_back((seq, number));
         seq
@@ -89,7 +92,7 @@ impl Flight {
     pub fn relaunch(&mut self, now: Nanos, seq: u64, number: u64) {
         let sent = self.at(seq);
         let was = sent.state;
-        *sent = Sent { state: State::Flying, at: now, number, times: sent.times + 1, ..*sent };
+        *sent = Sent { state: State::Flying, at: now, before: sent.at, number, times: sent.times + 1, ..*sent };
         if was == State::Lost {
             self.flying += 1;
         }
@@ -124,7 +127,10 @@ impl Flight {
         rtt: &Rtt,
         tokens: &mut Vec<u64>,
     ) -> Result<Acked, PeerError> {
-        if header.ack > self.next {
+        // All of it is checked before any of it counts.
+        let top = header.sack.iter().rposition(|bits| *bits != 0);
+        let top = top.map_or(0, |word| 64 * (word as u64 + 1) - u64::from(header.sack[word].leading_zeros()));
+        if header.ack > self.next || (top > 0 && top >= self.next - header.ack) {
             return Err(PeerError::AckOfNothing);
         }
         let mut acked = Acked::default();
@@ -136,9 +142,6 @@ impl Flight {
             while bits != 0 {
                 let seq = header.ack + 1 + word as u64 * 64 + u64::from(bits.trailing_zeros());
                 bits &= bits - 1;
-                if seq >= self.next {
-                    return Err(PeerError::AckOfNothing);
-                }
                 if seq >= self.floor {
                     self.arrived(now, seq, header, rtt, tokens, &mut acked);
                 }
@@ -163,8 +166,11 @@ impl Flight {
         // Received before the last transmission can have been: that one was needless, and tells no round trip (RFC 3522).
         let early = sent.times > 1 && (header.echo.wrapping_sub(sent.at as u32) as i32) < 0;
         if early || sent.state == State::Lost {
+            // Unlike TCP we know how late it was, and need not feel our way (RFC 8985, 6.2).
             self.spurious += 1;
-            self.steps = (self.steps + 1).min(MOST_STEPS);
+            let trip = now.saturating_sub(if early { sent.before } else { sent.at });
+            let late = trip.saturating_sub(self.newest_rtt.max(rtt.smooth as Nanos)).min(MOST_LATE);
+            self.late = self.late.max(late);
             self.calm = 0;
         } else if (sent.at, seq) > self.newest {
             let trip = now.saturating_sub(sent.at);
@@ -177,7 +183,7 @@ impl Flight {
 
     /// Mark what is lost by now: how many, and when the next would be.
     pub fn detect(&mut self, now: Nanos, rtt: &Rtt) -> (u32, Option<Nanos>) {
-        let patience = (rtt.least() / 4 * Nanos::from(self.steps)).min(rtt.smooth as Nanos).max(1_000);
+        let patience = (rtt.least() / 4 + self.late).max(1_000);
         let mut found = 0;
         let mut next = None;
         while let Some((seq, number)) = self.order.front().copied() {
@@ -199,9 +205,9 @@ impl Flight {
             found += 1;
         }
         if found > 0 {
-            self.calm += 1;
+            self.calm += found;
             if self.calm >= CALM {
-                (self.steps, self.calm) = (1, 0);
+                (self.late, self.calm) = (self.late / 2, 0);
             }
         }
         (found, next)

@@ -13,13 +13,18 @@ use super::{Nanos, MICROSECOND, MILLISECOND};
 
 const INITIAL_TIMEOUT: Nanos = 20 * MILLISECOND;
 const LEAST_TIMEOUT: Nanos = 4 * MILLISECOND;
-const LEAST_PROBE: Nanos = MILLISECOND;
+/// A dead peer costs little when it is asked this often, and is soon noticed when it is back.
+const MOST_TIMEOUT: Nanos = 500 * MILLISECOND;
+const LEAST_PROBE: Nanos = 500 * MICROSECOND;
 const MOST_BACKOFF: u32 = 7;
 /// Acknowledgements wait for this long, or this many packets, whichever comes first.
 pub const ACK_DELAY: Nanos = 100 * MICROSECOND;
 const ACK_EVERY: u32 = 8;
-/// A packet asks for its acknowledgement at once when no more fit the window after it than this.
-const LITTLE_ROOM: u64 = 2;
+/// Acknowledgements that a window of packets should bring, so that the next ones do not go out in one burst. The sender
+/// asks for them when its window is so small that the receiver would not send as many of its own accord.
+const ACKS_PER_WINDOW: f64 = 4.0;
+/// No sequence number is above: a flow does not get there in a thousand years, and nothing overflows.
+const LAST: u64 = 1 << 62;
 
 /// What a peer did that no correct one does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +34,8 @@ pub enum PeerError {
     /// It sends what cannot be acknowledged, for it is beyond the window.
     BeyondWindow,
     OtherVersion,
+    /// It counts further than anybody can.
+    Number,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +85,7 @@ pub struct Counts {
 pub struct Flow {
     pub settings: Settings,
     flight: Flight,
-    window: Window,
+    came: Window,
     congestion: Congestion,
     pub rtt: Rtt,
     pub path: Path,
@@ -88,15 +95,17 @@ pub struct Flow {
     acked: Vec<u64>,
     /// What `poll` proposed to send again.
     again: Option<u64>,
-    /// Set by whatever shows that the path works; timers run from here.
-    alive_at: Nanos,
-    /// As `alive_at`, but timeouts do not count.
+    /// Timers run from here: the last progress, the last timer, or the first packet after silence.
+    timer_at: Nanos,
+    /// The last progress, or the first packet after none was under way.
     progress_at: Nanos,
     backoff: u32,
     probed: bool,
     probe_due: bool,
     loss_due: Option<Nanos>,
     next_send: Nanos,
+    /// Packets sent since one asked for its acknowledgement.
+    unasked: u32,
     /// Packets received since the last acknowledgement, the first of them when; whether one asked for it at once.
     unacked: u32,
     unacked_since: Nanos,
@@ -113,7 +122,7 @@ impl Flow {
         Flow {
             settings,
             flight: Flight::new(settings.first),
-            window: Window::default(),
+            came: Window::default(),
             congestion: Congestion::new(settings.algorithm, settings.version.window() as f64),
             rtt: Rtt::default(),
             path: Path::default(),
@@ -122,13 +131,14 @@ impl Flow {
             number: settings.first,
             acked: Vec::with_capacity(settings.version.window() as usize),
             again: None,
-            alive_at: 0,
+            timer_at: 0,
             progress_at: 0,
             backoff: 0,
             probed: false,
             probe_due: false,
             loss_due: None,
             next_send: 0,
+            unasked: 0,
             unacked: 0,
             unacked_since: 0,
             ack_now: false,
@@ -147,8 +157,16 @@ impl Flow {
         if header.version != self.settings.version {
             return Err(PeerError::OtherVersion);
         }
+        if header.seq.max(header.floor) > LAST {
+            return Err(PeerError::Number);
+        }
         match self.peer_epoch {
-            Some(epoch) if header.epoch.wrapping_sub(epoch) as i32 > 0 => self.begin_epoch(header),
+            Some(epoch) if header.epoch.wrapping_sub(epoch) as i32 > 0 => {
+                self.begin_epoch(header);
+                // What was under way went to somebody who is no more, and there is nothing to wait for.
+                self.flight.lose_all();
+                (self.backoff, self.loss_due) = (0, None);
+            }
             Some(epoch) if header.epoch != epoch => return Ok(Receipt::Stale),
             Some(_) => {}
             None => self.begin_epoch(header),
@@ -163,9 +181,8 @@ impl Flow {
         if !header.carries() {
             return Ok(Receipt::Nothing);
         }
-        self.window.raise(header.floor.min(header.seq));
-        let gap = self.window.gap();
-        let place = self.window.place(header.seq, self.settings.version);
+        self.came.raise(header.floor.min(header.seq));
+        let place = self.came.place(header.seq, self.settings.version);
         if place == Place::Beyond {
             return Err(PeerError::BeyondWindow);
         }
@@ -178,16 +195,18 @@ impl Flow {
             self.ack_now = true;
             return Ok(Receipt::Nothing);
         }
-        self.window.take(header.seq);
-        self.ack_now |= header.flags & ACK_NOW != 0 || gap || self.window.gap();
+        // A new hole, or less of one, is worth telling; what follows a hole in order is not.
+        let in_order = self.came.take(header.seq);
+        self.ack_now |= header.flags & ACK_NOW != 0 || !in_order;
         Ok(Receipt::Deliver)
     }
 
     fn begin_epoch(&mut self, header: &Header) {
         self.peer_epoch = Some(header.epoch);
-        self.window = Window::default();
-        self.window.raise(header.floor);
-        (self.echo, self.echo_number) = (0, 0);
+        self.came = Window::default();
+        self.came.raise(header.floor);
+        (self.echo, self.echo_number, self.echo_queued) = (0, 0, 0);
+        (self.unacked, self.ack_now) = (0, false);
     }
 
     fn take_ack(&mut self, now: Nanos, header: &Header) -> Result<(), PeerError> {
@@ -195,15 +214,18 @@ impl Flow {
         if acked.packets == 0 {
             return Ok(());
         }
-        (self.alive_at, self.progress_at) = (now, now);
+        (self.timer_at, self.progress_at) = (now, now);
         (self.backoff, self.probed, self.probe_due) = (0, false, false);
         if header.echo != 0 {
             let trip = (now as u32).wrapping_sub(header.echo).wrapping_sub(header.hold);
             // More than two seconds is a clock that wrapped, or a lie.
             if trip < 1 << 31 {
                 let sample = Sample { rtt: Nanos::from(trip), queued: header.queued.into(), acked: acked.packets };
-                self.rtt.sample(now, sample.rtt);
-                self.congestion.on_ack(now, &self.rtt, sample);
+                self.rtt.sample(now, header.sent_at, sample.rtt);
+                // A look says nothing about the share of the path that this flow may have.
+                if !self.rtt.looking() {
+                    self.congestion.on_ack(now, &self.rtt, sample);
+                }
                 let congested = self.congestion.congested(&self.rtt, sample);
                 self.path.on_ack(acked.packets, congested, self.flight.flying);
             }
@@ -232,17 +254,20 @@ impl Flow {
     }
 
     fn timeout(&self) -> Nanos {
-        self.rtt.timeout(INITIAL_TIMEOUT, LEAST_TIMEOUT) << self.backoff
+        (self.rtt.timeout(INITIAL_TIMEOUT, LEAST_TIMEOUT) << self.backoff).min(MOST_TIMEOUT)
+    }
+
+    /// When there was no progress for too long: a probe first, then everything counts as lost.
+    fn silence_due(&self) -> Option<Nanos> {
+        let probe = self.rtt.known() && !self.probed;
+        let wait = if probe { self.probe_timeout() } else { self.timeout() };
+        (self.flight.flying > 0).then_some(self.timer_at + wait)
     }
 
     /// When timers want `poll`, whatever there is to send.
     pub fn deadline(&self) -> Option<Nanos> {
-        let silence = (!self.flight.idle()).then(|| {
-            let probe = self.rtt.known() && !self.probed;
-            self.alive_at + if probe { self.probe_timeout().min(self.timeout()) } else { self.timeout() }
-        });
         let ack = (self.unacked > 0).then_some(self.unacked_since + ACK_DELAY);
-        [silence, ack, self.loss_due].into_iter().flatten().min()
+        [self.silence_due(), ack, self.loss_due].into_iter().flatten().min()
     }
 
     /// When a packet may go out, if one is held back by pacing.
@@ -254,36 +279,42 @@ impl Flow {
         if self.loss_due.is_some_and(|due| due <= now) {
             self.detect(now);
         }
-        if self.flight.idle() {
+        if self.silence_due().is_none_or(|due| due > now) {
             return;
         }
-        if now >= self.alive_at + self.timeout() {
-            self.counts.timeouts += 1;
-            self.flight.lose_all();
-            self.loss_due = None;
-            self.congestion.on_timeout(now, &self.rtt);
-            self.path.on_timeout();
-            self.backoff = (self.backoff + 1).min(MOST_BACKOFF);
-            self.alive_at = now;
-            self.probed = true;
-            self.probe_due = false;
-        } else if self.rtt.known() && !self.probed && now >= self.alive_at + self.probe_timeout() {
+        self.timer_at = now;
+        if self.rtt.known() && !self.probed {
             (self.probed, self.probe_due) = (true, true);
+            return;
         }
+        self.counts.timeouts += 1;
+        self.flight.lose_all();
+        self.loss_due = None;
+        self.congestion.on_timeout(now, &self.rtt);
+        self.path.on_timeout();
+        self.backoff = (self.backoff + 1).min(MOST_BACKOFF);
+        (self.probed, self.probe_due) = (true, false);
+    }
+
+    fn window(&self) -> f64 {
+        // After a timeout one packet at a time finds out whether the path works.
+        if self.backoff > 0 || self.rtt.looking() {
+            return self.congestion.window().min(1.0);
+        }
+        self.congestion.window()
     }
 
     /// What may go out at `now`; ask again after each packet.
     pub fn poll(&mut self, now: Nanos) -> Send {
         self.timers(now);
+        self.again = None;
         if self.probe_due {
-            self.probe_due = false;
             if let Some(seq) = self.flight.last_flying() {
-                self.counts.probes += 1;
                 self.again = Some(seq);
                 return Send::Again(self.flight.token(seq));
             }
         }
-        let room = f64::from(self.flight.flying) < self.congestion.window().max(1.0);
+        let room = f64::from(self.flight.flying) < self.window().max(1.0);
         if !room || now < self.next_send {
             return Send::Nothing;
         }
@@ -302,21 +333,29 @@ impl Flow {
         let number = self.take_number();
         self.counts.sent += 1;
         if self.flight.idle() {
-            (self.alive_at, self.progress_at) = (now, now);
+            self.progress_at = now;
+        }
+        if self.flight.flying == 0 {
+            self.timer_at = now;
         }
         let (seq, again) = match self.again.take() {
             Some(seq) => {
                 self.flight.relaunch(now, seq, number);
                 self.counts.again += 1;
+                self.counts.probes += u64::from(std::mem::take(&mut self.probe_due));
                 (seq, true)
             }
             None => (self.flight.launch(now, token, number), false),
         };
         let gap = self.congestion.gap(&self.rtt);
         self.next_send = if gap == 0 { 0 } else { self.next_send.max(now.saturating_sub(gap)) + gap };
-        let left = (self.flight.floor + self.settings.version.window()).saturating_sub(self.flight.next);
-        let full = f64::from(self.flight.flying) >= self.congestion.window();
-        let ask = if again || full || left <= LITTLE_ROOM { ACK_NOW } else { 0 };
+        self.unasked += 1;
+        let every = (self.window() / ACKS_PER_WINDOW) as u32;
+        let ask = again || (every < ACK_EVERY && self.unasked >= every);
+        if ask {
+            self.unasked = 0;
+        }
+        let ask = if ask { ACK_NOW } else { 0 };
         self.stamp(now, PAYLOAD | ask, number, seq, len)
     }
 
@@ -349,12 +388,12 @@ impl Flow {
             epoch,
             seq,
             floor: self.flight.floor,
-            ack: self.window.ack,
+            ack: self.came.ack,
             sent_at: (now as u32).max(1),
             echo: self.echo,
             hold: now.saturating_sub(self.echo_at).min(Nanos::from(u32::MAX)) as u32,
             queued: self.echo_queued,
-            sack: self.window.sack(),
+            sack: self.came.sack(),
         }
     }
 
@@ -378,7 +417,7 @@ impl Flow {
         self.flight.spurious
     }
 
-    /// The highest number and sequence number that were used.
+    /// Above every number and sequence number that was used.
     pub fn used(&self) -> u64 {
         self.number.max(self.flight.next)
     }

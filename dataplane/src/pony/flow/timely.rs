@@ -5,6 +5,7 @@ use super::congestion::Sample;
 use super::rtt::Rtt;
 use super::{Nanos, MICROSECOND};
 
+/// Queued, that is above the smallest round trip: the paper's thresholds are for round trips, and those of one building.
 const LOW: f64 = 50.0 * MICROSECOND as f64;
 const HIGH: f64 = 500.0 * MICROSECOND as f64;
 const LEAST_RTT: f64 = 2.0 * MICROSECOND as f64;
@@ -40,8 +41,8 @@ impl Timely {
         (self.rate * self.smooth.max(LEAST_RTT) / 1e9).clamp(0.01, self.most)
     }
 
-    pub fn congested(&self, sample: Sample) -> bool {
-        sample.rtt as f64 > HIGH
+    pub fn congested(&self, rtt: &Rtt, sample: Sample) -> bool {
+        sample.rtt as f64 > rtt.least() as f64 + HIGH
     }
 
     pub fn on_ack(&mut self, now: Nanos, rtt: &Rtt, sample: Sample) {
@@ -58,13 +59,14 @@ impl Timely {
         let weight = (now.saturating_sub(self.updated_at) as f64 / least).min(1.0);
         self.updated_at = now;
         let gradient = self.difference / least;
-        let rate = if new < LOW {
+        let (low, high) = (least + LOW, least + HIGH);
+        let rate = if new < low {
             self.rate + self.step(gradient) * weight
-        } else if new > HIGH {
-            self.rate * (1.0 - weight * BETA * (1.0 - HIGH / new))
+        } else if new > high {
+            self.rate * (1.0 - weight * BETA * (1.0 - high / new))
         } else {
             let share = (2.0 * gradient + 0.5).clamp(0.0, 1.0);
-            let error = (new - LOW) / LOW;
+            let error = (new - low) / low;
             self.rate * (1.0 - weight * BETA * share * error) + weight * self.step(gradient) * (1.0 - share)
         };
         self.rate = rate.max(self.rate / 2.0).clamp(LEAST, self.most / LEAST_RTT * 1e9);

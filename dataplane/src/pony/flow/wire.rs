@@ -103,7 +103,7 @@ impl Header {
 
     /// Whether packet `seq` is marked in the bitmap.
     pub fn sacks(&self, seq: u64) -> bool {
-        let Some(bit) = seq.checked_sub(self.ack + 1) else { return false };
+        let Some(bit) = seq.checked_sub(self.ack).and_then(|above| above.checked_sub(1)) else { return false };
         bit < self.version.window() && self.sack[bit as usize / 64] >> (bit % 64) & 1 != 0
     }
 
