@@ -10,21 +10,8 @@ from typing import Final, Self
 from snap.ipc import DeadlineError
 from snap.modules.pony import BusyError, ClosedByPeerError, NoMatchError, Pony, RegionError
 
-from .layout import (
-    ANSWER,
-    DELETE,
-    REFUSALS,
-    REQUEST,
-    SET,
-    SLOT,
-    Layout,
-    NoAnswerError,
-    Record,
-    StoreGoneError,
-    TooLargeError,
-    TornError,
-    decode,
-)
+from .errors import REFUSALS, NoAnswerError, StoreGoneError, TooLargeError, TornError
+from .layout import ANSWER, DELETE, REQUEST, SET, SLOT, Layout, Record, decode
 
 TRIES: Final = 16
 """A try fails when the entry's cell was used again between its pointer and its bytes, which the grace makes rare."""

@@ -1,4 +1,4 @@
-"""What server and clients agree on: the memory that is read, the messages, and the errors."""
+"""What server and clients agree on: the memory that is read, and the messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hashlib import blake2b
 from typing import Final, NamedTuple, Self
 from zlib import crc32
 
-from snap.ipc import DeadlineError, SnapError, UsageError
+from snap.ipc import UsageError
 from snap.modules.pony import INDIRECTION
 from snap.modules.pony.client import INLINE_READ
 
@@ -28,51 +28,6 @@ _CHECK: Final = struct.Struct("<I")
 _HEAD: Final = struct.Struct("<IQ")
 _RECORD: Final = struct.Struct("<QHH")
 _LAYOUT: Final = struct.Struct("<IHIHBQ")
-
-
-class KeyValueError(SnapError):
-    """Base of what the store refuses, and of what a client meets."""
-
-    code = "kv"
-
-
-class BucketFullError(KeyValueError):
-    """All slots of the key's bucket have other hashes. Nothing was changed."""
-
-    code = "kv_bucket_full"
-
-
-class StoreFullError(KeyValueError):
-    """There are as many entries as the store holds. Nothing was changed."""
-
-    code = "kv_store_full"
-
-
-class TooLargeError(KeyValueError):
-    """Key and value do not fit into a cell, with other keys of the same hash. Nothing was changed."""
-
-    code = "kv_too_large"
-
-
-class TornError(KeyValueError):
-    """Each try of a GET met an entry that was being replaced."""
-
-    code = "kv_torn"
-
-
-class StoreGoneError(KeyValueError):
-    """The server ended, and its memory with it."""
-
-    code = "kv_gone"
-
-
-class NoAnswerError(KeyValueError, DeadlineError):
-    """The server did not answer in time. What it was asked may still be done."""
-
-    code = "kv_no_answer"
-
-
-REFUSALS: Final[tuple[type[KeyValueError], ...]] = (BucketFullError, StoreFullError, TooLargeError)
 
 
 class Record(NamedTuple):
@@ -95,10 +50,9 @@ class Layout:
     handle: int = 0
 
     def __post_init__(self) -> None:
-        if not _HEAD.size < self.cell - _CHECK.size <= INLINE_READ - _CHECK.size or self.cell % 8:
-            raise UsageError(f"cells of {self.cell} bytes", f"a multiple of 8, at most {INLINE_READ}")
-        if min(self.buckets, self.slots, self.capacity, self.bits) < 1 or self.bits > 64:
-            raise UsageError(f"no store can be like {self}")
+        least = min(self.buckets, self.slots, self.capacity, self.bits)
+        if least < 1 or self.bits > 64 or self.cell % 8 or not 64 <= self.cell <= INLINE_READ:
+            raise UsageError(f"there is no {self}", f"cells are 64 to {INLINE_READ} bytes, a multiple of 8")
 
     def pack(self) -> bytes:
         return _LAYOUT.pack(*astuple(self))

@@ -9,9 +9,10 @@ from dataclasses import fields
 from select import select
 
 from snap.ipc import DeadlineError, SnapError, connect
-from snap.modules.pony import ClosedByPeerError, Connection, Pony, PonyError
+from snap.modules.pony import Connection, Pony, PonyError
 
-from .layout import ANSWER, DELETE, REFUSALS, REQUEST, SET, KeyValueError, Layout
+from .errors import REFUSALS, KeyValueError
+from .layout import ANSWER, DELETE, REQUEST, SET, Layout
 from .store import Store, arena_bytes
 
 
@@ -36,10 +37,8 @@ def answer_all(store: Store, peer: Connection) -> bool:
             peer.send(answer(store, peer.recv(timeout=0).data))
     except DeadlineError:
         return True
-    except ClosedByPeerError:
-        return False
     except (struct.error, PonyError):
-        # It sends what nobody understands, or does not take its answers.
+        # It is gone, sends what nobody understands, or does not take its answers.
         peer.close()
         return False
 
@@ -47,18 +46,20 @@ def answer_all(store: Store, peer: Connection) -> bool:
 def serve(pony: Pony, store: Store) -> None:
     """For ever: greet each peer with the layout, then do what it asks."""
     peers: list[Connection] = []
+    channel = pony.channel
     while True:
+        seen = channel.stats["received"]
         with suppress(DeadlineError):
             while True:
-                peer = pony.accept(timeout=0)
+                peers.append(pony.accept(timeout=0))
                 with suppress(PonyError):
-                    peer.send(store.layout.pack())
-                    peers.append(peer)
+                    peers[-1].send(store.layout.pack())
         peers = [peer for peer in peers if answer_all(store, peer)]
-        # `recv` waits for one peer; this is for whatever comes next, from any.
-        if pony.channel.arm_recv():
-            select([pony.channel], [], [])
-            pony.channel.drain_bell()
+        # What came while a peer was answered may be for one before it. When nothing came, wait for all at once; a
+        # channel is paused while Pony's engine is replaced.
+        if channel.stats["received"] == seen and (channel.arm_recv() or channel.state == "paused"):
+            select([channel], [], [])
+            channel.drain_bell()
 
 
 def main() -> None:

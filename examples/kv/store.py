@@ -9,7 +9,8 @@ from typing import Final
 
 from snap.modules.pony import Pony, Right
 
-from .layout import SLOT, BucketFullError, Layout, Record, StoreFullError, TooLargeError, decode, encode
+from .errors import BucketFullError, StoreFullError, TooLargeError
+from .layout import SLOT, Layout, Record, decode, encode
 
 GRACE: Final = 0.01
 """Seconds for which a cell stays as it is after its entry was replaced: much longer than an engine takes from a pointer
@@ -53,10 +54,9 @@ class Store:
     def set(self, key: bytes, value: bytes) -> int:
         """The entry's version. Raises TooLargeError, BucketFullError, StoreFullError."""
         hash = self.layout.hash(key)
-        record = Record(self._version + 1, value)
-        self._publish(hash, self._records(hash) | {key: record})
-        self._version = record.version
-        return record.version
+        self._publish(hash, self._records(hash) | {key: Record(self._version + 1, value)})
+        self._version += 1
+        return self._version
 
     def delete(self, key: bytes) -> int:
         """The version of what is no more; 0 when there was nothing."""
@@ -86,16 +86,14 @@ class Store:
             raise TooLargeError(f"{len(entry)} bytes do not fit into a cell of {self.layout.cell}")
         slot = self._slots.get(hash)
         if slot is None:
-            self._put(self._empty_slot(hash), hash, self._write(entry))
+            slot = self._empty_slot(hash)
+            self._index[slot + _OFFSET] = self._write(entry)
+            self._index[slot + _HASH] = hash
+            self._slots[hash] = slot
         else:
             old = self._index[slot + _OFFSET]
             self._index[slot + _OFFSET] = self._write(entry)
             self._retire(old)
-
-    def _put(self, slot: int, hash: int, offset: int) -> None:
-        self._index[slot + _OFFSET] = offset
-        self._index[slot + _HASH] = hash
-        self._slots[hash] = slot
 
     def _empty_slot(self, hash: int) -> int:
         if len(self._slots) == self.layout.capacity:
