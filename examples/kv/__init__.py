@@ -1,0 +1,1 @@
+"""A key-value store whose GETs need no work of its server."""
