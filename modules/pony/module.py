@@ -24,25 +24,25 @@ class PonyModule(Module):
     """Without a `pony.toml` it opens nothing, and tells who wants to reach another host so."""
 
     control: Control | None = None
-    sockets: tuple[socket.socket, ...] = ()
+    listener: socket.socket | None = None
 
     def on_start(self) -> None:
+        self.sockets: list[socket.socket] = []
         directory = config_dir()
         found = config.load(directory)
         if found is None:
             return
         who = identity.load(directory)
-        listener = self._socket("tcp", found, socket.SOCK_STREAM, found.tcp_port)
-        listener.listen(_BACKLOG)
-        self.sockets = tuple(
-            self._socket(f"udp.{index}", found, socket.SOCK_DGRAM, found.udp_port if index == 0 else 0)
-            for index in range(found.paths)
-        )
+        self.listener = self._socket("tcp", found, socket.SOCK_STREAM, found.tcp_port)
+        self.listener.listen(_BACKLOG)
+        for index in range(found.paths):
+            port = found.udp_port if index == 0 else 0
+            self.sockets.append(self._socket(f"udp.{index}", found, socket.SOCK_DGRAM, port))
         for index in range(found.paths, config.MOST_PATHS):
             if self.kept(f"udp.{index}") is not None:
                 self.keep(f"udp.{index}", None)
-        port = int(self.sockets[0].getsockname()[1])
-        self.control = Control(found, who, self.ask_engine, listener, port)
+        port = self.sockets[0].getsockname()[1]
+        self.control = Control(found, who, self.ask_engine, self.listener, port)
 
     def descriptors(self, engine: str) -> list[int]:
         return [each.fileno() for each in self.sockets]

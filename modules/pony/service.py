@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from snap.dataplane.errors import NotRunningError, SnapError
+from snap.dataplane.errors import SnapError
 from snap.modules import Engine
 from snap.modules.serving import ServerChannel
 
@@ -52,7 +52,7 @@ def peers(module: PonyModule) -> list[dict[str, Any]]:
     pins = control.identity.pins
     try:
         flows = module.ask_engine({"do": "flows"})["flows"]
-    except NotRunningError:
+    except SnapError:
         flows = []
     connected = {flow.get("host") for flow in flows}
     rows = []
