@@ -64,6 +64,10 @@ COMMANDS: Final = {
     ),
     "cap": ("snap.cli.commands.cap:cap", "Capabilities: list, inspect, why, grant, revoke."),
     "channel": ("snap.cli.commands.channel:channel", "Channels: list."),
+    "pony": (
+        "snap.cli.commands.pony:pony",
+        "Pony Express: flows, peers, regions, key, ping, perf.",
+    ),
     "events": ("snap.cli.commands.events:events", "Print what happened, and follow what happens."),
     "doctor": ("snap.cli.commands.doctor:doctor", "Tell what this machine allows, and what follows."),
     "bench": ("snap.cli.commands.bench:bench", "Measure Snap beside its peers on this machine."),

@@ -1,4 +1,4 @@
-"""Where a kernel's files are: the runtime directory and the names in it."""
+"""Where a kernel's files are: the runtime directory and the names in it, and the directory of configuration."""
 
 from __future__ import annotations
 
@@ -25,3 +25,14 @@ def runtime_dir(given: str | os.PathLike[str] | None = None) -> Path:
         return Path("/run/snap-kernel")
     base = os.environ.get("XDG_RUNTIME_DIR")
     return Path(base) / "snap-kernel" if base else Path(f"/tmp/snap-kernel-{os.geteuid()}")
+
+
+def config_dir() -> Path:
+    """Where operators put the configuration of modules: `SNAP_CONFIG_DIR`, `/etc/snap-kernel` for root, a folder of
+    `XDG_CONFIG_HOME` or of `~/.config`, in this order. Modules are told the same by their kernel."""
+    if chosen := os.environ.get("SNAP_CONFIG_DIR"):
+        return Path(chosen).absolute()
+    if os.geteuid() == 0:
+        return Path("/etc/snap-kernel")
+    base = os.environ.get("XDG_CONFIG_HOME")
+    return (Path(base) if base else Path.home() / ".config") / "snap-kernel"

@@ -47,7 +47,10 @@ def geometry(request: protocol.Open) -> tuple[int, Sizes]:
         raise UsageError(
             f"slots is {slots}", f"a power of two from {least} to {most}, or 0 for {DEFAULT_SLOTS}"
         )
-    up, down = _size("up_bytes", request.up_bytes, DEFAULT_POOL), _size("down_bytes", request.down_bytes, DEFAULT_POOL)
+    up, down = (
+        _size("up_bytes", request.up_bytes, DEFAULT_POOL),
+        _size("down_bytes", request.down_bytes, DEFAULT_POOL),
+    )
     return slots, (up, down, _size("arena_bytes", request.arena_bytes, 0))
 
 

@@ -53,6 +53,9 @@ _PASSED_ON: Final = (
     "PYTHONDONTWRITEBYTECODE",
     "LD_LIBRARY_PATH",
     "SNAP_FAULT_DIR",
+    # Where a module finds its configuration: see `snap.ipc.paths.config_dir`.
+    "SNAP_CONFIG_DIR",
+    "XDG_CONFIG_HOME",
 )
 
 

@@ -17,14 +17,16 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from types import ModuleType
 from typing import Final, NoReturn
 
 import setproctitle
 import sysv_ipc  # type: ignore[import-not-found]
 
-from snap.dataplane.errors import ProtocolError, SnapError, UnreachableError, UsageError
+from snap.dataplane.errors import NotRunningError, ProtocolError, SnapError, UnreachableError, UsageError
 from snap.ipc import faults, seqpacket
 from snap.ipc.manifest import Manifest, from_builtins
 from snap.ipc.protocol import (
@@ -75,6 +77,8 @@ class Host:
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._checking: threading.Thread | None = None
         self._stopped = False
+        self._said: SimpleQueue[tuple[str, bytes]] = SimpleQueue()
+        self._said_to = False
 
     def run(self) -> NoReturn:
         self.selector.register(self.link, selectors.EVENT_READ, self._serve_link)
@@ -106,6 +110,7 @@ class Host:
             module = _module_class(package, manifest)(
                 manifest, package, self.order.generation, self.link, self._kept
             )
+            module.ask = self._ask
             stage = "start"
             module.running = module.engines()
             for name, engine in module.running.items():
@@ -124,22 +129,58 @@ class Host:
             check_version(manifest, codes)
             stage = "start"
             module.on_start()
+            fds = {
+                name: list(module.descriptors(name))
+                for name, code in codes.items()
+                if code.table.native is not None
+            }
         except BaseException as error:
             broken = broken_by(stage, error)
             self.post(lambda: self.fail(broken))
         else:
-            self.post(lambda: self._loaded(module, codes))
+            self.post(lambda: self._loaded(module, codes, fds))
+
+    # -- on threads of the module ----------------------------------------------------------------------------
+
+    def _ask(self, engine: str, request: bytes) -> bytes:
+        seat = self.seats.get(engine)
+        if seat is None:
+            raise NotRunningError(
+                f"engine {engine!r} does not run here", "it is not loaded yet, or no engine"
+            )
+        return seat.ask(request)
+
+    def _listen(self) -> None:
+        while True:
+            engine, said = self._said.get()
+            assert self._module is not None
+            try:
+                self._module.on_said(engine, said)
+            except BaseException as error:
+                broken = broken_by("run", error)
+                self.post(partial(self.fail, broken))
+                return
 
     # -- on the main thread ---------------------------------------------------------------------------------
+
+    def said(self, engine: str, said: bytes) -> None:
+        """A native engine says something: its module hears it on a thread of its own, for it may wait there."""
+        if not self._said_to:
+            self._said_to = True
+            threading.Thread(target=self._listen, name="said", daemon=True).start()
+        self._said.put((engine, said))
 
     def _serve_posted(self) -> None:
         os.eventfd_read(self._bell)
         while self._posted:
             self._posted.popleft()()
 
-    def _loaded(self, module: Module, codes: dict[str, EngineCode]) -> None:
+    def _loaded(self, module: Module, codes: dict[str, EngineCode], fds: dict[str, list[int]]) -> None:
         self._module = module
-        self.seats = {name: Seat(self, code, index) for index, (name, code) in enumerate(codes.items())}
+        self.seats = {
+            name: Seat(self, code, index, fds.get(name, []))
+            for index, (name, code) in enumerate(codes.items())
+        }
         faults.reach("module.loaded")
         self.link.send(Loaded(schemas={name: code.state_schema() for name, code in codes.items()}))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import ModuleType
 from typing import NoReturn
@@ -17,6 +17,8 @@ from snap.ipc.requester import Requester
 
 from .engine import Engine
 from .loading import load_class
+
+Ask = Callable[[str, bytes], bytes]
 
 
 class Module:
@@ -39,6 +41,8 @@ class Module:
         self._link = link
         self._client = None if link is None else Client(link)
         self._kept = dict(kept or {})
+        self.ask: Ask | None = None
+        """What `request` goes through: the host's, or a test's own."""
 
     @property
     def name(self) -> str:
@@ -60,6 +64,25 @@ class Module:
 
     def on_stop(self) -> None:
         """Runs once, after the engines stopped, within the kernel's grace period."""
+
+    def descriptors(self, engine: str) -> Sequence[int]:
+        """Descriptors (sockets, say) for the native engine `engine`: asked for once, after `on_start`. They stay the
+        module's, and open; the engine gets duplicates whenever it is made."""
+        return ()
+
+    def on_said(self, engine: str, said: bytes) -> None:
+        """A native engine said something of its own accord. On a thread that does nothing else, so it may wait; what is
+        said meanwhile comes afterwards, in order."""
+
+    def request(self, engine: str, request: bytes) -> bytes:
+        """Have the native engine `engine` of this process answer between two of its polls. From any thread.
+
+        Raises NotRunningError when it does not run in this process (now, or at all), DeadlineError when it hangs, and
+        what the engine raises.
+        """
+        if self.ask is None:
+            raise NotRunningError(f"engine {engine!r} does not run here", "in tests, set `ask` of the Module")
+        return self.ask(engine, request)
 
     def health(self) -> str:
         """What is wrong with this module, in words; empty when it is well. Asked for once a second while an

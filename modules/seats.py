@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from snap.dataplane import _native
-from snap.dataplane.errors import ProtocolError, ResourceError, SchemaError, SnapError, UsageError
+from snap.dataplane.errors import (
+    NotRunningError,
+    ProtocolError,
+    ResourceError,
+    SchemaError,
+    SnapError,
+    UsageError,
+)
 from snap.ipc import faults, protocol, seqpacket
 from snap.ipc.protocol import (
     Attach,
@@ -54,10 +61,11 @@ class _Attached:
 class Seat:
     """`stage` is loading, prepared, running or ended."""
 
-    def __init__(self, host: Host, code: EngineCode, index: int) -> None:
+    def __init__(self, host: Host, code: EngineCode, index: int, fds: list[int]) -> None:
+        """`fds`: what the module has for a native engine."""
         self.stage = "loading"
         self.semaphore = -1
-        self._host, self._code, self._index = host, code, index
+        self._host, self._code, self._index, self._fds = host, code, index, fds
         self._worker: Runner | None = None
         self._migration: Migration | None = None
         self._turn = 0
@@ -184,6 +192,7 @@ class Seat:
                 None if migration is None else migration.source,
                 None if migration is None else migration.finish,
                 channels,
+                self._fds,
             )
         assert isinstance(self._code.engine, Engine)
         stats = _native.StatsPage(host.stats_fd, True)
@@ -253,6 +262,13 @@ class Seat:
         if self._worker is not None:
             self._worker.stop(timeout, last and self.stage == "running")
 
+    def ask(self, request: bytes) -> bytes:
+        """From any thread: see `Module.request`."""
+        worker = self._worker
+        if not isinstance(worker, _native.Worker):
+            raise NotRunningError(f"no native engine {self.name!r} runs here", "another generation has it")
+        return worker.control(request)
+
     def _serve_news(self) -> None:
         worker = self._worker
         for kind, number, data in [] if worker is None else worker.take_news():
@@ -266,6 +282,8 @@ class Seat:
                 self._give_up_worker()
                 refused = Refused(engine=self.name, code=data[0], message=data[1][:_ERROR], held=bool(number))
                 self._refuse(self._turn, refused)
+            elif kind == "said":
+                self._host.said(self.name, data)
             elif kind == "ended":
                 self._ended(data)
 

@@ -1,109 +1,73 @@
-"""Two engines of Pony Express in one process, as if on two hosts: real engines, real sockets on loopback, no kernel."""
+"""Hosts of Pony for tests: real sockets and TLS on loopback, and an engine that writes down what it is told."""
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
 import socket
-from typing import Any, Self
+import threading
+from pathlib import Path
+from typing import Any
 
-from snap.dataplane import _native
 from snap.dataplane.errors import NotRunningError
-from snap.modules.pony import Pony
-from snap.modules.rigs import ChannelPair, memory
-from tests.waiting import until
-
-STATE = 192 << 20
-ARENA = 4 << 20
+from snap.modules.pony import identity
+from snap.modules.pony.config import Config, Peer
+from snap.modules.pony.control import Control
 
 
-class Host:
-    """One engine with its sockets and state; applications come with `open`."""
+class FakeEngine:
+    """Answers as the native engine does."""
 
-    def __init__(self, name: str, paths: int = 2) -> None:
-        self.name = name
-        self.sockets = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(paths)]
-        for each in self.sockets:
-            each.bind(("127.0.0.1", 0))
-        self.address = "{}:{}".format(*self.sockets[0].getsockname())
-        schema, version, oldest, objects = _native.engine_schema("pony")
-        self._fd = memory("state", STATE)
-        _native.State.format(self._fd, "pony", schema, version, oldest, objects)
-        self._generation = 0
-        self._channels: list[ChannelPair] = []
-        self._numbers = itertools.count(1)
-        self.worker = self._start()
-        until(self._runs, "the engine runs")
+    def __init__(self) -> None:
+        self.running = True
+        self.flows: dict[str, int] = {}
+        self.attached: dict[str, list[dict[str, Any]]] = {}
+        self.refused: dict[str, list[str]] = {}
+        self.hold: threading.Event | None = None
+        """When there, the first to reserve waits for it."""
 
-    def _start(self) -> _native.Worker:
-        self._generation += 1
-        state = _native.State(self._fd, True)
-        return _native.Worker(
-            self.name,
-            "pony",
-            state,
-            -1,
-            self._generation,
-            channels=[(pair.client.id, pair.serve_again(), pair.client.id) for pair in self._channels],
-            fds=[each.fileno() for each in self.sockets],
-        )
+    def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
+        if not self.running:
+            raise NotRunningError("it runs elsewhere")
+        do, host = request["do"], request.get("host", "")
+        if do == "reserve":
+            if (hold := self.hold) is not None:
+                self.hold = None
+                assert hold.wait(20)
+            return {"flow": self.flows.setdefault(host, 100 + len(self.flows))}
+        if do == "attach":
+            self.attached.setdefault(host, []).append(request)
+        elif do == "refuse":
+            self.refused.setdefault(host, []).append(request["why"])
+        return {"flows": [{"host": host} for host in self.attached], "regions": []}
 
-    def _runs(self) -> bool:
-        try:
-            return bool(self.ask("regions"))
-        except NotRunningError:
-            return False
 
-    def open(self, arena: int = ARENA) -> Pony:
-        pair = ChannelPair(id=next(self._numbers), arena_bytes=arena)
-        self._channels.append(pair)
-        self.worker.attach(pair.client.id, pair.server, pair.client.id)
-        return Pony(pair.client)
+class Side:
+    """One host on loopback."""
 
-    def ask(self, do: str, **more: Any) -> Any:
-        return json.loads(self.worker.control(json.dumps({"do": do, **more}).encode()))
+    def __init__(self, folder: Path, name: str, **options: Any) -> None:
+        self.name, self.folder, self.options = name, folder / name, options
+        self.engine = FakeEngine()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.udp_port = 40_000 + len(name)
+        self.control: Control | None = None
+        identity.make(self.folder, name)
 
-    def restart(self) -> None:
-        """The engine dies between two polls, and a new one takes over."""
-        self.worker.stop(5.0)
-        self.worker = self._start()
-        until(self._runs, "the engine runs")
+    def knows(self, other: Side, name: str = "", certificate: Path | None = None) -> None:
+        name = name or other.name
+        folder = self.folder / identity.PEERS
+        folder.mkdir(exist_ok=True)
+        source = certificate or other.folder / identity.CERTIFICATE
+        (folder / f"{name}.pem").write_text(source.read_text())
+        peers = self.options.setdefault("peers", {})
+        peers[name] = Peer(address=f"127.0.0.1:{other.port}")
 
-    def flow(self, host: str) -> dict[str, Any]:
-        found: dict[str, Any] = next(flow for flow in self.ask("flows")["flows"] if flow["host"] == host)
-        return found
+    def start(self, deadline: float = 20.0) -> Control:
+        config = Config(name=self.name, listen="127.0.0.1", **self.options)
+        who = identity.load(self.folder)
+        self.control = Control(config, who, self.engine, self.listener, self.udp_port, deadline)
+        return self.control
 
     def close(self) -> None:
-        self.worker.stop(5.0)
-        for pair in self._channels:
-            pair.close()
-        for each in self.sockets:
-            each.close()
-        os.close(self._fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-def join(one: Host, two: Host, *, version: int = 2, mtu: int = 1472, sealed: bool = False, **more: Any) -> None:
-    """Set up the flows of two hosts, as their control code would."""
-    numbers = [host.ask("reserve", host=peer.name)["flow"] for host, peer in ((one, two), (two, one))]
-    keys = [os.urandom(32).hex() for _ in range(2)]
-    for host, peer, remote, (send, receive) in (
-        (one, two, numbers[1], keys),
-        (two, one, numbers[0], keys[::-1]),
-    ):
-        host.ask(
-            "attach",
-            host=peer.name,
-            remote=remote,
-            address=peer.address,
-            version=version,
-            mtu=mtu,
-            algorithm=more.get("algorithm", "swift"),
-            keys={"send": send, "receive": receive} if sealed else None,
-        )
+        if self.control is not None:
+            self.control.close()
+        self.listener.close()

@@ -24,7 +24,7 @@ from snap.modules.pony import (
     Status,
     TooLongError,
 )
-from tests.pony_rig import Host, join
+from tests.pony_hosts import Host, join
 from tests.waiting import until
 
 ALL = Right.READ | Right.WRITE | Right.ATOMIC

@@ -293,6 +293,8 @@ impl Flow {
         self.congestion.on_timeout(now, &self.rtt);
         self.path.on_timeout();
         self.backoff = (self.backoff + 1).min(MOST_BACKOFF);
+        // Nothing is under way: the packet that finds out need not keep its distance.
+        self.next_send = now;
         (self.probed, self.probe_due) = (true, false);
     }
 
