@@ -23,12 +23,13 @@ from examples.kv.errors import (
     TooLargeError,
     TornError,
 )
-from examples.kv.layout import Layout, Record, decode, encode
+from examples.kv.layout import SLOT, Layout, Record, decode, encode
+from examples.kv.store import Store, arena_bytes
 from snap.ipc import UsageError, connect
 from snap.modules.pony import NoPeerError, Pony
 
 from .conftest import OWNER_MAY_ALL, KernelProcess
-from .waiting import LIMIT
+from .waiting import LIMIT, Background
 
 ROOT = Path(__file__).parent.parent
 PONY = OWNER_MAY_ALL + "[modules.pony]\nautostart = true\n"
@@ -65,10 +66,12 @@ class Ground:
         assert server.stdout is not None and server.stdout.readline() == "kv is ready\n"
         return server
 
-    def connect(self, timeout: float = LIMIT) -> KeyValue:
+    def open(self, arena: int = 0) -> Pony:
         client = self._stack.enter_context(connect(self.kernel.directory))
-        pony = self._stack.enter_context(Pony.open(client))
-        return self._stack.enter_context(KeyValue(pony, timeout=timeout))
+        return self._stack.enter_context(Pony.open(client, arena))
+
+    def connect(self, timeout: float = LIMIT) -> KeyValue:
+        return self._stack.enter_context(KeyValue(self.open(), timeout=timeout))
 
 
 @contextmanager
@@ -312,16 +315,38 @@ def test_an_entry_that_is_not_whole_is_none() -> None:
         assert decode(entry[:place].ljust(len(entry), b"\xff"), 77) is None
 
 
-def test_an_entry_that_stays_torn_is_an_error(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torn_entry_is_read_again(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     ground.serve()
     store = ground.connect()
     store.set(b"a", b"one")
     torn = iter([None] * 3)
     monkeypatch.setattr("examples.kv.client.decode", lambda *entry: next(torn, decode(*entry)))
     assert store.get(b"a") == b"one"
-    monkeypatch.setattr("examples.kv.client.decode", lambda *entry: None)
+
+
+def test_memory_that_is_half_written_or_of_another_entry_is_never_a_value(ground: Ground) -> None:
+    layout = Layout(buckets=1, capacity=4, cell=128)
+    pony = ground.open(arena_bytes(layout))
+    pony.bind("kv")
+    store = Store(pony, layout)
+    greeting = Background(lambda: pony.accept(LIMIT).send(store.layout.pack()))
+    reader = ground.connect()
+    greeting.finish()
+    for key in KEYS[:2]:
+        store.set(key, key * 10)
+    # A new store writes its cells in turn, behind the index.
+    cells = pony.places.arena[layout.slots * SLOT :]
+    first, second = cells[:128], cells[128:256]
+    was = bytes(first)
+    first[40:60] = bytes(20)
     with pytest.raises(TornError):
-        store.get(b"a")
+        reader.get(KEYS[0])
+    # Its cell was used again for another key.
+    first[:] = second
+    with pytest.raises(TornError):
+        reader.get(KEYS[0])
+    first[:] = was
+    assert [reader.get(key) for key in KEYS[:2]] == [key * 10 for key in KEYS[:2]]
 
 
 @pytest.mark.parametrize("wrong", [{"cell": 1000}, {"cell": 8}, {"cell": 100}, {"bits": 65}, {"slots": 0}])
