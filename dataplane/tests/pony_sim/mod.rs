@@ -2,6 +2,7 @@
 
 mod bulk;
 pub mod end;
+mod hostile;
 pub mod link;
 
 use std::cmp::Reverse;
