@@ -26,6 +26,8 @@ use crate::sync;
 const PUBLISH_EVERY: Duration = Duration::from_millis(10);
 /// A waiting engine beats its heart this often.
 const WAITING: Duration = Duration::from_millis(100);
+/// Polls in vain after which others get the processor, if there are any.
+const PATIENCE: u32 = 16;
 /// Polls under one lock of the state, which nobody else wants while the engine runs.
 const POLLS: u32 = 64;
 
@@ -447,6 +449,7 @@ fn poll_once(shared: &Shared, running: &mut Running, settings: &Settings, meter:
 fn run(shared: &Shared, running: &mut Running, settings: &Settings, meter: &mut Meter) -> state::Result<()> {
     let segment = running.segment.clone();
     let mut idle_since: Option<Instant> = None;
+    let mut idle_polls = 0u32;
     while !shared.leaving() {
         shared.mailbox.run(running);
         let mut held = lock(&segment);
@@ -471,7 +474,13 @@ fn run(shared: &Shared, running: &mut Running, settings: &Settings, meter: &mut 
         let since = *idle_since.get_or_insert_with(Instant::now);
         if poller::spins(settings.wait, since) {
             meter.publish(settings, running.channels.len(), PUBLISH_EVERY);
-            std::hint::spin_loop();
+            idle_polls += 1;
+            if idle_polls % PATIENCE == 0 {
+                // Whoever is to give us work may want this processor.
+                std::thread::yield_now();
+            } else {
+                std::hint::spin_loop();
+            }
             continue;
         }
         idle(shared, running, settings, meter);

@@ -182,6 +182,8 @@ fn slice(what: &mut impl Awaited, deadline: Deadline, wait: Wait, since: Instant
             if began.elapsed() > SIGNAL_SLICE {
                 return Ok(Outcome::Signals);
             }
+            // Whoever we wait for may want this processor.
+            std::thread::yield_now();
             continue;
         }
         // Not only when interrupted: a signal may come just before the sleep, or a peer may keep waking us for nothing.
