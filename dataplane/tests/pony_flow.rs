@@ -121,7 +121,8 @@ fn either_side_dies_and_comes_back() {
     for seed in 1..=20 {
         for faults in [Faults::default(), EVERYTHING] {
             let mut world = World::new(seed, links(faults));
-            let me = world.flow(SETTINGS, (20_000, 20_000), (0, 1), 0);
+            let version = if seed % 2 == 0 { Version::One } else { Version::Two };
+            let me = world.flow(Settings { version, ..SETTINGS }, (20_000, 20_000), (0, 1), 0);
             for _ in 0..10 {
                 let pause = world.rng.below(3 * MILLISECOND);
                 world.run_until(world.now + pause);
