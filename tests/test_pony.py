@@ -91,7 +91,7 @@ def test_a_slow_receiver_holds_up_only_who_sends_to_it(pair: Pair) -> None:
         sent = 0
         with pytest.raises(BusyError):
             while True:
-                pair.out.send(b"x" * 4096)
+                pair.out.send(b"x" * 4096, timeout=0)
                 sent += 1
         to_other.send(b"past")
         assert from_near.recv(5).data == b"past"
@@ -278,7 +278,7 @@ def test_connections_regions_and_what_waits_outlive_the_engines_process(pair: Pa
     sent = 0
     with pytest.raises(BusyError):
         while True:
-            pair.out.send(b"%d" % sent + b"." * 4000)
+            pair.out.send(b"%d" % sent + b"." * 4000, timeout=0)
             sent += 1
     large = pair.out.begin_send_from(pair.near.place(100_000))
     with pair.kernel.control() as operator:

@@ -23,15 +23,19 @@ fn run(what: &str, seed: u64, settings: Settings, tokens: (usize, usize), faults
     world
 }
 
-/// Both versions and algorithms, one direction and both.
-fn everywhere(what: &str, tokens: usize, faults: Faults) {
+/// Both versions and algorithms, one direction and both. At most the share `again` is sent again, and `needless` of all
+/// packets without need.
+fn everywhere(what: &str, tokens: usize, faults: Faults, again: f64, needless: f64) {
     let mut seed = 1;
     for version in [Version::One, Version::Two] {
         for algorithm in [Algorithm::Swift, Algorithm::Timely] {
             for back in [0, tokens] {
                 let settings = Settings { version, algorithm, ..SETTINGS };
                 let what = format!("{what}, {version:?}, {algorithm:?}");
-                run(&what, seed, settings, (tokens, back), faults);
+                let world = run(&what, seed, settings, (tokens, back), faults);
+                let flow = &world.ends[0].flow;
+                assert!(flow.counts.again as f64 <= flow.counts.sent as f64 * again, "{:?}", flow.counts);
+                assert!(flow.spurious() as f64 <= flow.counts.sent as f64 * needless, "{}", flow.spurious());
                 seed += 1;
             }
         }
@@ -40,35 +44,36 @@ fn everywhere(what: &str, tokens: usize, faults: Faults) {
 
 #[test]
 fn a_good_network() {
-    everywhere("good", 100_000, Faults::default());
+    everywhere("good", 200_000, Faults::default(), 0.0, 0.0);
 }
 
 #[test]
 fn loss() {
     for loss in [0.001, 0.01, 0.1] {
-        everywhere(&format!("loss {loss}"), 40_000, Faults { loss, ..Faults::default() });
+        everywhere(&format!("loss {loss}"), 100_000, Faults { loss, ..Faults::default() }, loss * 1.3, loss / 50.0);
     }
 }
 
 #[test]
 fn reordering() {
     let extra = 30 * MICROSECOND;
-    everywhere("reordering", 100_000, Faults { reorder: 0.05, extra, ..Faults::default() });
+    everywhere("reordering", 100_000, Faults { reorder: 0.05, extra, ..Faults::default() }, 0.001, 0.001);
 }
 
 #[test]
 fn duplication() {
-    everywhere("duplication", 100_000, Faults { duplicate: 0.1, ..Faults::default() });
+    everywhere("duplication", 100_000, Faults { duplicate: 0.1, ..Faults::default() }, 0.0, 0.0);
 }
 
 #[test]
 fn corruption() {
-    everywhere("corruption", 40_000, Faults { corrupt: 0.01, ..Faults::default() });
+    everywhere("corruption", 40_000, Faults { corrupt: 0.01, ..Faults::default() }, 0.013, 0.0002);
 }
 
 #[test]
 fn stalls() {
-    everywhere("stalls", 60_000, Faults { stall: (20 * MILLISECOND, 6 * MILLISECOND), ..Faults::default() });
+    let stall = (20 * MILLISECOND, 6 * MILLISECOND);
+    everywhere("stalls", 200_000, Faults { stall, ..Faults::default() }, 0.01, 0.005);
 }
 
 const EVERYTHING: Faults = Faults {
@@ -83,7 +88,7 @@ const EVERYTHING: Faults = Faults {
 
 #[test]
 fn everything_at_once() {
-    everywhere("everything", 40_000, EVERYTHING);
+    everywhere("everything", 100_000, EVERYTHING, 0.04, 0.01);
 }
 
 #[test]
@@ -91,7 +96,9 @@ fn more_reordering_than_a_round_trip_is_learnt() {
     for reorder in [0.02, 0.3] {
         for extra in [100, 400] {
             let faults = Faults { reorder, extra: extra * MICROSECOND, ..Faults::default() };
-            run(&format!("{reorder} late by {extra} us"), extra, SETTINGS, (200_000, 0), faults);
+            let world = run(&format!("{reorder} late by {extra} us"), extra, SETTINGS, (200_000, 0), faults);
+            let flow = &world.ends[0].flow;
+            assert!(flow.counts.again * 200 < flow.counts.sent, "{:?}", flow.counts);
         }
     }
 }
@@ -104,6 +111,9 @@ fn a_lost_tail_is_probed() {
     world.ends[me].one_by_one = true;
     world.finish(600 * SECOND);
     world.report("one by one");
+    let counts = world.ends[me].flow.counts;
+    // What remains are probes that were lost as well.
+    assert!(counts.probes > 8 * counts.timeouts, "{counts:?}");
 }
 
 #[test]
@@ -111,7 +121,8 @@ fn either_side_dies_and_comes_back() {
     for seed in 1..=20 {
         for faults in [Faults::default(), EVERYTHING] {
             let mut world = World::new(seed, links(faults));
-            let me = world.flow(SETTINGS, (20_000, 20_000), (0, 1), 0);
+            let version = if seed % 2 == 0 { Version::One } else { Version::Two };
+            let me = world.flow(Settings { version, ..SETTINGS }, (20_000, 20_000), (0, 1), 0);
             for _ in 0..10 {
                 let pause = world.rng.below(3 * MILLISECOND);
                 world.run_until(world.now + pause);
@@ -119,7 +130,6 @@ fn either_side_dies_and_comes_back() {
                 world.restart(who);
             }
             world.finish(600 * SECOND);
-            world.report("restarts");
         }
     }
 }

@@ -1,6 +1,6 @@
 """Pony Express: messages and one-sided operations between applications."""
 
-from .client import BURST, INDIRECTION, SMALL, Connection, Message, Operation, Pony, Region, Right
+from .client import BURST, INDIRECTION, INLINE_READ, SMALL, Connection, Message, Operation, Pony, Region, Right
 from .errors import (
     BusyError,
     ClosedByPeerError,
@@ -17,6 +17,7 @@ from .places import Place
 __all__ = [
     "BURST",
     "INDIRECTION",
+    "INLINE_READ",
     "SMALL",
     "BusyError",
     "ClosedByPeerError",

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from typing_extensions import Buffer
 
 from snap.dataplane._native import ADAPTIVE
-from snap.dataplane.errors import UsageError
+from snap.dataplane.errors import DeadlineError, UsageError
 from snap.ipc.channel import Channel
 
-from .errors import failure
+from .errors import BusyError, failure
 from .places import Place, Places
 
 if TYPE_CHECKING:
@@ -53,6 +53,11 @@ _INLINE: Final = (1 << 64) - 1
 _HEAD: Final = struct.Struct("<BBHI")
 _ANSWER: Final = struct.Struct("<BBHIQ")
 _EVENT: Final = 0x80
+# Seconds in which an engine that lives has answered, even one that is upgraded meanwhile.
+_ANSWERED: Final = 10.0
+# Seconds between two attempts to send to somebody who has no room.
+_FIRST_PAUSE: Final = 20e-6
+_LAST_PAUSE: Final = 0.01
 
 
 class _Kind(IntEnum):
@@ -119,12 +124,31 @@ class Connection:
         self._inbox: deque[Message] = deque()
         self._datagrams: deque[bytes] = deque()
 
+    @property
+    def pending(self) -> bool:
+        """Whether `recv` or `recv_datagram` would return, or raise, at once."""
+        return bool(self._inbox or self._datagrams) or self.closed
+
     # -- messages ---------------------------------------------------------------------------------------------
 
-    def send(self, data: Buffer, stream: int = 0, timeout: float | None = None, wait: int = ADAPTIVE) -> None:
+    def send(
+        self, data: Buffer, stream: int = 0, timeout: float | None = 10.0, wait: int = ADAPTIVE
+    ) -> None:
         """Send up to `SMALL` bytes; returns when the engine has them for good. Raises TooLongError, ClosedByPeerError,
-        BusyError when the peer has not taken the last 64."""
-        self._pony._call(_Kind.SEND, self.number, bytes(data), "send", stream, timeout, wait)
+        BusyError when the peer has not taken the last 64 for `timeout` seconds."""
+        raw = bytes(data)
+        end = None if timeout is None else time.monotonic() + timeout
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                self._pony._call(_Kind.SEND, self.number, raw, "send", stream, _ANSWERED, wait)
+                return
+            except BusyError:
+                if end is not None and time.monotonic() + pause > end:
+                    raise
+            # Nothing says when there is room again; what comes meanwhile is taken in.
+            self._pony._listen(pause, wait)
+            pause = min(2 * pause, _LAST_PAUSE)
 
     def begin_send(self, data: Buffer, stream: int = 0) -> Operation:
         return self._pony._begin(_Kind.SEND, self.number, bytes(data), "send", stream)
@@ -232,6 +256,28 @@ class Connection:
         body = struct.pack("<QQQQIHHH", handle, offset, needle, _INLINE, size, entries, stride, pointer)
         return self._pony._call(_Kind.SCAN, self.number, body, "scan and read", 0, timeout, wait)[16:]
 
+    def begin_read_indirect_into(self, handle: int, index: int, place: Place) -> Operation:
+        """As `read_indirect`, as much as `place` holds; the result is the length."""
+        body = struct.pack("<QQQI", handle, index, place.offset, place.size)
+        return self._pony._begin(_Kind.INDIRECT, self.number, body, "indirect read")
+
+    def begin_scan_and_read_into(
+        self,
+        handle: int,
+        needle: int,
+        place: Place,
+        *,
+        entries: int,
+        stride: int,
+        pointer: int = 8,
+        offset: int = 0,
+    ) -> Operation:
+        """As `scan_and_read`, as much as `place` holds; the result is the length, with the entry's index << 32."""
+        body = struct.pack(
+            "<QQQQIHHH", handle, offset, needle, place.offset, place.size, entries, stride, pointer
+        )
+        return self._pony._begin(_Kind.SCAN, self.number, body, "scan and read")
+
     # -- bursts -----------------------------------------------------------------------------------------------
 
     def begin_reads(self, handle: int, offsets: npt.NDArray[Any], size: int, into: Place) -> Operation:
@@ -269,10 +315,9 @@ class Connection:
     # -- the end ----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Both ends; idempotent."""
-        if not self.closed:
-            self.closed = True
-            self._pony._part(self)
+        """Both ends; idempotent. Also for a connection that the peer closed, which the engine keeps until then."""
+        self.closed = True
+        self._pony._part(self)
 
     def __enter__(self) -> Self:
         return self
@@ -315,6 +360,17 @@ class Pony:
         """The next connection that somebody made to a name of ours."""
         self._await(lambda: bool(self._incoming), timeout, wait)
         return self._incoming.popleft()
+
+    def wait(self, timeout: float | None = None, wait: int = ADAPTIVE) -> bool:
+        """Wait until something has come for any connection, or an operation is done; False after `timeout` seconds. For
+        who serves many peers: look at their `pending` then."""
+        if any(each.pending for each in self._connections.values()) or self._incoming:
+            return True
+        try:
+            self._dispatch(*self.channel.recv_tagged(timeout, wait))
+        except DeadlineError:
+            return False
+        return True
 
     def register(self, place: Place, rights: Right, only: Connection | None = None) -> Region:
         """Let peers (or `only` one) use `place`, until `release`."""
@@ -385,6 +441,14 @@ class Pony:
             left = None if end is None else max(0.0, end - time.monotonic())
             self._dispatch(*self.channel.recv_tagged(left, wait))
 
+    def _listen(self, seconds: float, wait: int = ADAPTIVE) -> bool:
+        """Take in what comes within `seconds`, the first of it; whether anything came."""
+        try:
+            self._dispatch(*self.channel.recv_tagged(seconds, wait))
+        except DeadlineError:
+            return False
+        return True
+
     def _dispatch(self, tag: int, answer: bytes) -> None:
         kind, status, stream, number, value = _ANSWER.unpack_from(answer)
         operation = self._pending.pop(tag, None) if tag else None
@@ -401,6 +465,9 @@ class Pony:
                 self._connections[number]._inbox.append(Message(answer[_ANSWER.size :], stream))
         elif kind == _Kind.CONNECTED:
             self._incoming.append(self._connection(number, answer[_ANSWER.size :].decode()))
+        elif kind == _Kind.CONNECT and not status:
+            # Who asked for it has given up waiting.
+            self._begin(_Kind.CLOSE, number, b"", "close")
         elif kind == _Kind.CLOSED and number in self._connections:
             self._connections[number].closed = True
 
@@ -409,5 +476,5 @@ class Pony:
         return connection
 
     def _part(self, connection: Connection) -> None:
-        self._connections.pop(connection.number, None)
-        self._call(_Kind.CLOSE, connection.number, b"", "close")
+        if self._connections.pop(connection.number, None) is not None:
+            self._call(_Kind.CLOSE, connection.number, b"", "close")

@@ -1,7 +1,7 @@
 //! Large messages: they wait in the sender's arena until the receiver has posted a place, and are copied there piece by
 //! piece, so that nobody else waits for them.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use super::command::{answer, Kind, Piece, Status};
 use super::memory;
@@ -21,6 +21,8 @@ pub struct Transfers {
     items: Numbered<Transfer>,
     /// By the receiver's end of a connection.
     queues: HashMap<u32, Queue>,
+    /// Those of them that have both a message and a place.
+    matched: BTreeSet<u32>,
     order: u64,
     /// Of the burst that just failed: how many of its operations were done.
     pub partial: u64,
@@ -59,6 +61,7 @@ impl Transfers {
         for (order, number, item) in found {
             transfers.order = order;
             transfers.queues.entry(item.connection).or_default().of(item.posted).push_back(number);
+            transfers.note(item.connection);
         }
         Ok(transfers)
     }
@@ -81,7 +84,22 @@ impl Transfers {
         let order = self.order;
         let item = Transfer { connection, stream, posted, order, tag, piece, done: 0 };
         queue.push_back(self.items.insert(segment, item)?);
+        self.note(connection);
         Ok(true)
+    }
+
+    /// The queue of a connection has changed.
+    fn note(&mut self, connection: u32) {
+        let queue = self.queues.get(&connection);
+        if queue.is_some_and(|queue| queue.messages.is_empty() && queue.places.is_empty()) {
+            self.queues.remove(&connection);
+        }
+        let queue = self.queues.get(&connection);
+        if queue.is_some_and(|queue| !queue.messages.is_empty() && !queue.places.is_empty()) {
+            self.matched.insert(connection);
+        } else {
+            self.matched.remove(&connection);
+        }
     }
 
     /// The place of `connection` that comes after the first `taken` ones, with its row.
@@ -112,10 +130,8 @@ impl Transfers {
         let Some(posted) = self.items.remove(segment, row)? else { return Ok(()) };
         if let Some(queue) = self.queues.get_mut(&to.number) {
             queue.places.retain(|other| *other != row);
-            if queue.messages.is_empty() && queue.places.is_empty() {
-                self.queues.remove(&to.number);
-            }
         }
+        self.note(to.number);
         say(outbox, to, &Transfer { stream, ..posted }, Kind::Posted, Status::Ok, len);
         Ok(())
     }
@@ -130,11 +146,14 @@ impl Transfers {
     ) -> Result<usize> {
         let mut done = 0;
         let mut left = CHUNK;
-        let pairs: Vec<(u32, u32, u32)> = self
-            .queues
-            .iter()
-            .filter_map(|(end, queue)| Some((*end, *queue.messages.front()?, *queue.places.front()?)))
-            .collect();
+        if self.matched.is_empty() {
+            return Ok(0);
+        }
+        let queue = |number: &u32| {
+            let queue = self.queues.get(number)?;
+            Some((*number, *queue.messages.front()?, *queue.places.front()?))
+        };
+        let pairs: Vec<(u32, u32, u32)> = self.matched.iter().filter_map(queue).collect();
         for (number, message, place) in pairs {
             let Some(to) = connections.get(number).map(|own| (End { number, channel: own.channel }, own.peer)) else {
                 continue;
@@ -188,16 +207,15 @@ impl Transfers {
     fn finish(&mut self, segment: &mut Segment, connection: u32, number: u32, posted: bool) -> Result<()> {
         if let Some(queue) = self.queues.get_mut(&connection) {
             queue.of(posted).pop_front();
-            if queue.messages.is_empty() && queue.places.is_empty() {
-                self.queues.remove(&connection);
-            }
         }
+        self.note(connection);
         self.items.remove(segment, number).map(drop)
     }
 
     /// The connection is no more: everything that waits at the receiver's end `to` ends.
     pub fn end(&mut self, segment: &mut Segment, to: End, from: Option<End>, outbox: &mut Outbox) -> Result<()> {
         let Some(queue) = self.queues.remove(&to.number) else { return Ok(()) };
+        self.matched.remove(&to.number);
         for number in queue.messages.into_iter().chain(queue.places) {
             let Some(item) = self.items.remove(segment, number)? else { continue };
             if item.posted {

@@ -1,6 +1,6 @@
 //! How fast, how fair, and how much is queued meanwhile.
 
-use super::link::Link;
+use super::link::{Faults, Link};
 use super::{World, SETTINGS};
 use snap_dataplane::pony::flow::{Algorithm, Nanos, Settings, MICROSECOND, MILLISECOND};
 
@@ -35,15 +35,32 @@ fn one_flow_fills_a_link() {
     }
 }
 
-/// `senders` to one receiver over one link, each `apart` after the one before: Jain's index of the second half of `time`,
-/// the mean wait, and the share of packets that were dropped.
-fn incast(senders: usize, apart: Nanos, algorithm: Algorithm, time: Nanos) -> (f64, Nanos, f64) {
-    let link = Link::new(100.0, 10 * MICROSECOND, MILLISECOND);
+struct Crowd {
+    senders: usize,
+    /// Each begins so long after the one before.
+    apart: Nanos,
+    /// They are on one host and send to many, rather than on many and send to one.
+    out: bool,
+    faults: Faults,
+    time: Nanos,
+}
+
+const CROWD: Crowd = Crowd { senders: 100, apart: 0, out: false, faults: QUIET, time: 800 * MILLISECOND };
+
+const QUIET: Faults =
+    Faults { loss: 0.0, reorder: 0.0, extra: 0, duplicate: 0.0, corrupt: 0.0, stall: (0, 0), host: 0 };
+
+/// Many flows over one link: Jain's index of the second half, the mean wait, and the share of packets that were dropped.
+fn crowd(Crowd { senders, apart, out, faults, time }: Crowd) -> (f64, Nanos, f64) {
+    let link = Link::new(100.0, 10 * MICROSECOND, MILLISECOND).with(faults);
     let mut world = World::new(7, vec![link.clone(), link]);
-    let settings = Settings { algorithm, ..SETTINGS };
     for sender in 0..senders {
         // What they have to send is only counted.
-        world.flow(settings, (PLENTY / 4, 0), (0, 1), sender as Nanos * apart);
+        let from = world.flow(SETTINGS, (PLENTY / 4, 0), (0, 1), sender as Nanos * apart) as usize;
+        if out {
+            let ahead = std::mem::take(&mut world.ends[from].ahead);
+            world.ends[from + 1].ahead = ahead;
+        }
     }
     world.run_until(world.now + time / 2);
     world.books.iter_mut().for_each(|books| books.recent = 0);
@@ -60,7 +77,7 @@ fn incast(senders: usize, apart: Nanos, algorithm: Algorithm, time: Nanos) -> (f
     let again: u64 = world.ends.iter().map(|end| end.flow.counts.again).sum();
     let timeouts: u64 = world.ends.iter().map(|end| end.flow.counts.timeouts).sum();
     println!(
-        "{senders} senders, {apart} ns apart, {algorithm:?}: Jain {jain:.4}, {share:.3} of the link, {wait} ns queued, \
+        "{senders} senders, {apart} ns apart, out {out}: Jain {jain:.4}, {share:.3} of the link, {wait} ns queued, \
          {dropped:.5} dropped, in all {} dropped, {again} again, {timeouts} timeouts",
         after.dropped
     );
@@ -68,20 +85,31 @@ fn incast(senders: usize, apart: Nanos, algorithm: Algorithm, time: Nanos) -> (f
     (jain, wait, dropped)
 }
 
+fn check(crowd_is: Crowd, even: f64, queue: Nanos) {
+    let (jain, wait, dropped) = crowd(crowd_is);
+    assert!(jain >= even, "{jain}");
+    assert!(wait < queue, "{wait}");
+    assert!(dropped < 0.0001, "{dropped}");
+}
+
+// The target is 50 us above the way, and up to 37 more for windows of one packet or more.
+
 #[test]
 fn a_hundred_senders_share_a_link() {
-    let (jain, wait, dropped) = incast(100, 0, Algorithm::Swift, 800 * MILLISECOND);
-    assert!(jain >= 0.95, "{jain}");
-    assert!(wait < 150 * MICROSECOND, "{wait}");
-    assert!(dropped < 0.0001, "{dropped}");
+    check(CROWD, 0.99, 150 * MICROSECOND);
 }
 
 #[test]
 fn who_comes_later_gets_as_much() {
-    for senders in [4, 32] {
-        let (jain, wait, dropped) = incast(senders, MILLISECOND, Algorithm::Swift, 800 * MILLISECOND);
-        assert!(jain >= 0.95, "{jain}");
-        assert!(wait < 150 * MICROSECOND, "{wait}");
-        assert!(dropped < 0.0001, "{dropped}");
+    for (senders, out) in [(4, false), (32, false), (32, true)] {
+        check(Crowd { senders, out, apart: MILLISECOND, ..CROWD }, 0.99, 120 * MICROSECOND);
     }
+}
+
+#[test]
+fn a_restless_network_is_shared_as_well() {
+    // It takes some looks until all of them know the way.
+    let time = 1_600 * MILLISECOND;
+    let faults = Faults { reorder: 1.0, extra: 10 * MICROSECOND, host: 10 * MICROSECOND, ..QUIET };
+    check(Crowd { senders: 32, apart: 3 * MILLISECOND, faults, time, ..CROWD }, 0.9, 150 * MICROSECOND);
 }

@@ -1,5 +1,6 @@
 //! Requests of control code, as JSON: ways to other hosts come and go, and what is known of them.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 
 use serde::Deserialize;
@@ -123,7 +124,7 @@ impl Desk {
         self.far.refusals.remove(&link);
         if let Some(row) = self.far.links.get(link) {
             self.far.ready.retain(|other| *other != link);
-            self.far.lines.insert(link, Line::new(row, attached));
+            self.far.lines.insert(link, Box::new(Line::new(row, attached)));
         }
         self.resync(link);
         Ok(json!({}))
@@ -141,12 +142,16 @@ impl Desk {
     }
 
     fn flows(&self) -> Value {
+        let mut connections: HashMap<u32, usize> = HashMap::new();
+        for (_, own) in self.connections.iter() {
+            *connections.entry(own.link).or_default() += 1;
+        }
         let flows: Vec<Value> = self
             .far
             .links
             .iter()
             .map(|(link, row)| {
-                let connections = self.connections.iter().filter(|(_, own)| own.link == link).count();
+                let connections = connections.get(&link).copied().unwrap_or(0);
                 let host = String::from_utf8_lossy(&row.host);
                 let Some(line) = self.far.lines.get(&link) else {
                     let why = self.far.refusals.get(&link);

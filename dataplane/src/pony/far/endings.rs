@@ -2,7 +2,7 @@
 
 use super::frame::{Ends, DATAGRAM};
 use super::line::Item;
-use super::rows::{Blob, Link, HOST};
+use super::rows::{Blob, Held, Link, Sending, HOST};
 use super::Far;
 use crate::pony::command::{answer, Head, Kind, Status, NAME};
 use crate::pony::desk::{Desk, Outcome};
@@ -197,27 +197,29 @@ impl Far {
     fn drop_end(&mut self, segment: &mut Segment, number: u32, own: &Connection) -> Result<()> {
         self.by_peer.remove(&(own.link, own.peer));
         self.blobs.remove(segment, own.name)?;
-        let rows: Vec<u32> =
-            self.sending.iter().filter(|(_, item)| item.connection == number).map(|(row, _)| row).collect();
-        for row in rows {
-            self.acked.remove(&row);
-            self.sending.remove(segment, row)?;
-        }
-        let rows: Vec<u32> =
-            self.held.iter().filter(|(_, item)| item.connection == number).map(|(row, _)| row).collect();
-        for row in rows {
-            if let Some(item) = self.held.remove(segment, row)? {
-                self.by_held.remove(&(item.connection, item.stream, item.seq));
-            }
-        }
-        let rows: Vec<u32> =
-            self.streams.iter().filter(|(_, item)| item.connection == number).map(|(row, _)| row).collect();
-        for row in rows {
-            if let Some(item) = self.streams.remove(segment, row)? {
-                self.by_stream.remove(&(item.connection, item.stream));
-            }
-        }
         let Some(end) = self.ends.remove(&number) else { return Ok(()) };
+        if end.under_way > 0 {
+            let mine = |(row, item): (u32, &Sending)| (item.connection == number).then_some(row);
+            let rows: Vec<u32> = self.sending.iter().filter_map(mine).collect();
+            for row in rows {
+                self.acked.remove(&row);
+                self.sending.remove(segment, row)?;
+            }
+        }
+        if !self.by_held.is_empty() {
+            let mine = |(row, item): (u32, &Held)| (item.connection == number).then_some(row);
+            let rows: Vec<u32> = self.held.iter().filter_map(mine).collect();
+            for row in rows {
+                if let Some(item) = self.held.remove(segment, row)? {
+                    self.by_held.remove(&(item.connection, item.stream, item.seq));
+                }
+            }
+        }
+        for stream in end.streams {
+            if let Some(row) = self.by_stream.remove(&(number, stream)) {
+                self.streams.remove(segment, row)?;
+            }
+        }
         for row in end.endings.into_values().chain(end.finished.into_values()) {
             self.endings.remove(segment, row)?;
         }

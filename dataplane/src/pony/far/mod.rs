@@ -46,6 +46,7 @@ struct End {
     told: u32,
     /// Messages that the peer's engine does not have yet.
     under_way: u32,
+    streams: Vec<u16>,
     exports: BTreeMap<u64, u32>,
     asks: BTreeMap<u64, u32>,
     /// How operations of the peer ended, by number and part: rows. Large messages are numbered apart, see `LARGE`.
@@ -81,7 +82,7 @@ struct Import {
 pub struct Far {
     links: Numbered<Link>,
     by_host: HashMap<Vec<u8>, u32>,
-    lines: HashMap<u32, Line>,
+    lines: HashMap<u32, Box<Line>>,
     streams: Numbered<Stream>,
     by_stream: HashMap<(u32, u16), u32>,
     sending: Numbered<Sending>,
@@ -248,6 +249,7 @@ impl Far {
         let made = Stream { connection, stream, out: 0, next: 0 };
         let row = self.streams.insert(segment, made)?;
         self.by_stream.insert((connection, stream), row);
+        self.end(connection).streams.push(stream);
         Ok((row, made))
     }
 

@@ -430,7 +430,7 @@ impl Desk {
         let end = self.far.end(number);
         end.sent = end.sent.wrapping_add(1);
         end.under_way += 1;
-        if let Some(chunk) = self.far.lines.get(&own.link).map(super::line::Line::message_chunk) {
+        if let Some(chunk) = self.far.lines.get(&own.link).map(|line| line.message_chunk()) {
             for piece in 0..pieces(bytes.len(), chunk) {
                 self.far.queue(own.link, Item::Message { row: place, id, piece });
             }

@@ -12,6 +12,7 @@ impl Desk {
         let far = &mut self.far;
         for (_, stream) in far.streams.iter() {
             let end = far.ends.entry(stream.connection).or_default();
+            end.streams.push(stream.stream);
             end.sent = end.sent.wrapping_add(stream.out as u32);
             end.came = end.came.wrapping_add(stream.next as u32);
         }
@@ -37,7 +38,7 @@ impl Desk {
         for link in links {
             let far = &mut self.far;
             if let Some((row, attached)) = far.links.get(link).and_then(|row| Some((row, row.attached?))) {
-                far.lines.insert(link, Line::new(row, attached));
+                far.lines.insert(link, Box::new(Line::new(row, attached)));
                 self.resync(link);
             }
         }

@@ -29,9 +29,11 @@ struct Sent {
     before: Nanos,
     number: u64,
     times: u32,
+    /// It is or was taken for lost because one that was sent later had come.
+    overtaken: bool,
 }
 
-const NOTHING: Sent = Sent { state: State::Done, token: 0, at: 0, before: 0, number: 0, times: 0 };
+const NOTHING: Sent = Sent { state: State::Done, token: 0, at: 0, before: 0, number: 0, times: 0, overtaken: false };
 
 pub struct Flight {
     ring: Vec<Sent>,
@@ -82,7 +84,7 @@ impl Flight {
     pub fn launch(&mut self, now: Nanos, token: u64, number: u64) -> u64 {
         let seq = self.next;
         self.next += 1;
-        *self.at(seq) = Sent { state: State::Flying, token, at: now, before: now, number, times: 1 };
+        *self.at(seq) = Sent { state: State::Flying, token, at: now, before: now, number, times: 1, overtaken: false };
         self.flying += 1;
         self.order.push_back((seq, number));
         seq
@@ -92,7 +94,9 @@ impl Flight {
     pub fn relaunch(&mut self, now: Nanos, seq: u64, number: u64) {
         let sent = self.at(seq);
         let was = sent.state;
-        *sent = Sent { state: State::Flying, at: now, before: sent.at, number, times: sent.times + 1, ..*sent };
+        let overtaken = sent.overtaken && was == State::Lost;
+        *sent =
+            Sent { state: State::Flying, at: now, before: sent.at, number, times: sent.times + 1, overtaken, ..*sent };
         if was == State::Lost {
             self.flying += 1;
         }
@@ -166,12 +170,14 @@ impl Flight {
         // Received before the last transmission can have been: that one was needless, and tells no round trip (RFC 3522).
         let early = sent.times > 1 && (header.echo.wrapping_sub(sent.at as u32) as i32) < 0;
         if early || sent.state == State::Lost {
-            // Unlike TCP we know how late it was, and need not feel our way (RFC 8985, 6.2).
             self.spurious += 1;
-            let trip = now.saturating_sub(if early { sent.before } else { sent.at });
-            let late = trip.saturating_sub(self.newest_rtt.max(rtt.smooth as Nanos)).min(MOST_LATE);
-            self.late = self.late.max(late);
-            self.calm = 0;
+            if sent.overtaken {
+                // Unlike TCP we know how late it was, and need not feel our way (RFC 8985, 6.2).
+                let trip = now.saturating_sub(if early { sent.before } else { sent.at });
+                let late = trip.saturating_sub(self.newest_rtt.max(rtt.smooth as Nanos)).min(MOST_LATE);
+                self.late = self.late.max(late);
+                self.calm = 0;
+            }
         } else if (sent.at, seq) > self.newest {
             let trip = now.saturating_sub(sent.at);
             if sent.times == 1 || trip >= rtt.least() {
@@ -201,7 +207,7 @@ impl Flight {
                 break;
             }
             self.order.pop_front();
-            self.lose(seq);
+            self.lose(seq, true);
             found += 1;
         }
         if found > 0 {
@@ -213,8 +219,9 @@ impl Flight {
         (found, next)
     }
 
-    fn lose(&mut self, seq: u64) {
-        self.at(seq).state = State::Lost;
+    fn lose(&mut self, seq: u64, overtaken: bool) {
+        let sent = self.at(seq);
+        (sent.state, sent.overtaken) = (State::Lost, overtaken);
         self.flying -= 1;
         self.lost.push_back(seq);
     }
@@ -224,7 +231,7 @@ impl Flight {
         self.order.clear();
         for seq in self.floor..self.next {
             if self.at(seq).state == State::Flying {
-                self.lose(seq);
+                self.lose(seq, false);
             }
         }
     }

@@ -16,6 +16,8 @@ const LEAST_TIMEOUT: Nanos = 4 * MILLISECOND;
 /// A dead peer costs little when it is asked this often, and is soon noticed when it is back.
 const MOST_TIMEOUT: Nanos = 500 * MILLISECOND;
 const LEAST_PROBE: Nanos = 500 * MICROSECOND;
+/// Probes before everything counts as lost, each after twice the time of the one before.
+const PROBES: u32 = 2;
 const MOST_BACKOFF: u32 = 7;
 /// Acknowledgements wait for this long, or this many packets, whichever comes first.
 pub const ACK_DELAY: Nanos = 100 * MICROSECOND;
@@ -100,7 +102,7 @@ pub struct Flow {
     /// The last progress, or the first packet after none was under way.
     progress_at: Nanos,
     backoff: u32,
-    probed: bool,
+    probed: u32,
     probe_due: bool,
     loss_due: Option<Nanos>,
     next_send: Nanos,
@@ -134,7 +136,7 @@ impl Flow {
             timer_at: 0,
             progress_at: 0,
             backoff: 0,
-            probed: false,
+            probed: 0,
             probe_due: false,
             loss_due: None,
             next_send: 0,
@@ -215,7 +217,7 @@ impl Flow {
             return Ok(());
         }
         (self.timer_at, self.progress_at) = (now, now);
-        (self.backoff, self.probed, self.probe_due) = (0, false, false);
+        (self.backoff, self.probed, self.probe_due) = (0, 0, false);
         if header.echo != 0 {
             let trip = (now as u32).wrapping_sub(header.echo).wrapping_sub(header.hold);
             // More than two seconds is a clock that wrapped, or a lie.
@@ -257,10 +259,13 @@ impl Flow {
         (self.rtt.timeout(INITIAL_TIMEOUT, LEAST_TIMEOUT) << self.backoff).min(MOST_TIMEOUT)
     }
 
+    fn may_probe(&self) -> bool {
+        self.rtt.known() && self.probed < PROBES
+    }
+
     /// When there was no progress for too long: a probe first, then everything counts as lost.
     fn silence_due(&self) -> Option<Nanos> {
-        let probe = self.rtt.known() && !self.probed;
-        let wait = if probe { self.probe_timeout() } else { self.timeout() };
+        let wait = if self.may_probe() { self.probe_timeout() << self.probed } else { self.timeout() };
         (self.flight.flying > 0).then_some(self.timer_at + wait)
     }
 
@@ -283,8 +288,8 @@ impl Flow {
             return;
         }
         self.timer_at = now;
-        if self.rtt.known() && !self.probed {
-            (self.probed, self.probe_due) = (true, true);
+        if self.may_probe() {
+            (self.probed, self.probe_due) = (self.probed + 1, true);
             return;
         }
         self.counts.timeouts += 1;
@@ -295,7 +300,7 @@ impl Flow {
         self.backoff = (self.backoff + 1).min(MOST_BACKOFF);
         // Nothing is under way: the packet that finds out need not keep its distance.
         self.next_send = now;
-        (self.probed, self.probe_due) = (true, false);
+        (self.probed, self.probe_due) = (PROBES, false);
     }
 
     fn window(&self) -> f64 {

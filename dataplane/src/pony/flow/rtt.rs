@@ -13,6 +13,8 @@ const CLOCK: Nanos = 1_000;
 const PERIOD: u32 = 27;
 /// Round trips that a look takes, from the beginning of the period. The queue is empty after the first.
 const LOOK: f64 = 3.0;
+/// The best of so many looks counts: each sees few packets, and ways are restless.
+const LOOKS: usize = 4;
 /// Round trips between looks, at least, as a number of periods: for long ways.
 const APART: f64 = 128.0;
 
@@ -27,7 +29,8 @@ pub struct Rtt {
 /// Looks at the times of one clock.
 #[derive(Clone, Copy, Debug)]
 struct Looks {
-    least: Nanos,
+    /// The smallest round trip of each of the last looks and of the time since, the newest first.
+    least: [Nanos; LOOKS],
     /// The present period of the clock.
     period: u32,
     /// The present look. Packets that are sent between the first two count; the smallest round trip of these.
@@ -36,13 +39,13 @@ struct Looks {
 
 impl Default for Looks {
     fn default() -> Self {
-        Looks { least: Nanos::MAX, period: 0, now: None }
+        Looks { least: [Nanos::MAX; LOOKS], period: 0, now: None }
     }
 }
 
 impl Looks {
     fn sample(&mut self, now: Nanos, clock: u32, rtt: Nanos, smooth: f64) {
-        self.least = self.least.min(rtt);
+        self.least[0] = self.least[0].min(rtt);
         let left = self.begins(clock, smooth);
         match &mut self.now {
             Some((from, end, smallest)) => {
@@ -51,7 +54,10 @@ impl Looks {
                     *smallest = Some(smallest.map_or(rtt, |smallest| smallest.min(rtt)));
                 }
                 if now >= *end {
-                    self.least = smallest.unwrap_or(self.least);
+                    if let Some(smallest) = *smallest {
+                        self.least.rotate_right(1);
+                        self.least[0] = smallest;
+                    }
                     self.now = None;
                 }
             }
@@ -101,7 +107,7 @@ impl Rtt {
     /// What a round trip takes without a queue (the smaller view: the queue is where only one of the clocks rules), as far as is known; 0 when nothing is.
     pub fn least(&self) -> Nanos {
         if self.known() {
-            self.looks[0].least.min(self.looks[1].least)
+            self.looks.iter().flat_map(|looks| looks.least).fold(Nanos::MAX, Nanos::min)
         } else {
             0
         }
