@@ -89,7 +89,9 @@ class Host:
         self.close()
 
 
-def join(one: Host, two: Host, *, version: int = 2, mtu: int = 1472, sealed: bool = False, **more: Any) -> None:
+def join(
+    one: Host, two: Host, *, version: int = 2, mtu: int = 1472, sealed: bool = False, **more: Any
+) -> None:
     """Set up the flows of two hosts, as their control code would."""
     numbers = [host.ask("reserve", host=peer.name)["flow"] for host, peer in ((one, two), (two, one))]
     keys = [os.urandom(32).hex() for _ in range(2)]

@@ -334,7 +334,10 @@ def test_an_engine_that_dies_loses_doubles_and_reorders_nothing(two: Two, who: s
             two.out.send(b"%d" % (turn * 30 + number))
         source.array()[:] = rng.integers(0, 256, source.size)
         send, receive = two.out.begin_send_from(source), two.back.begin_receive_into(target)
-        adds = [two.out._pony._begin(12, two.out.number, struct.pack("<QQQ", handle, 0, 1), "add") for _ in range(20)]
+        adds = [
+            two.out._pony._begin(12, two.out.number, struct.pack("<QQQ", handle, 0, 1), "add")
+            for _ in range(20)
+        ]
         burst = two.out.begin_reads(handle, picks, 64, own)
         for host in (two.a, two.b):
             if who in (host.name, "both"):

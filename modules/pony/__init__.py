@@ -1,6 +1,17 @@
 """Pony Express: messages and one-sided operations between applications."""
 
-from .client import BURST, INDIRECTION, INLINE_READ, SMALL, Connection, Message, Operation, Pony, Region, Right
+from .client import (
+    BURST,
+    INDIRECTION,
+    INLINE_READ,
+    SMALL,
+    Connection,
+    Message,
+    Operation,
+    Pony,
+    Region,
+    Right,
+)
 from .errors import (
     BusyError,
     ClosedByPeerError,

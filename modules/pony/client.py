@@ -131,9 +131,7 @@ class Connection:
 
     # -- messages ---------------------------------------------------------------------------------------------
 
-    def send(
-        self, data: Buffer, stream: int = 0, timeout: float | None = 10.0, wait: int = ADAPTIVE
-    ) -> None:
+    def send(self, data: Buffer, stream: int = 0, timeout: float | None = 10.0, wait: int = ADAPTIVE) -> None:
         """Send up to `SMALL` bytes; returns when the engine has them for good. Raises TooLongError, ClosedByPeerError,
         BusyError when the peer has not taken the last 64 for `timeout` seconds."""
         raw = bytes(data)
@@ -173,8 +171,8 @@ class Connection:
         raise failure(10, "receive")
 
     def send_datagram(self, data: Buffer) -> None:
-        """Send up to `SMALL` bytes (to another host: what fits a packet) that may overtake others, and are lost when the
-        peer has no room for them or an engine dies. Raises TooLongError, ClosedByPeerError."""
+        """Send up to `SMALL` bytes (to another host: what fits a packet) that may overtake others, and are lost when
+        the peer has no room for them or an engine dies. Raises TooLongError, ClosedByPeerError."""
         self._pony._call(_Kind.SEND_DATAGRAM, self.number, bytes(data), "send a datagram")
 
     def recv_datagram(self, timeout: float | None = None, wait: int = ADAPTIVE) -> bytes:
