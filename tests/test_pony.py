@@ -290,3 +290,15 @@ def test_connections_regions_and_what_waits_outlive_the_engines_process(pair: Pa
     assert large.result(5) == 100_000
     pair.near.connect("far").send(b"hello")
     assert pair.far.accept(5).recv(5).data == b"hello"
+
+
+def test_an_upgrade_to_itself_is_not_noticed(pair: Pair) -> None:
+    region = pair.far.register(pair.far.place(64), ALL)
+    with pair.kernel.control() as operator:
+        for turn in range(2):
+            for number in range(20):
+                pair.out.send(b"%d" % number)
+            view = operator.call("module.upgrade", timeout=60, name="pony", source=None, bake=0.0)
+            assert view["outcome"] == "committed", view
+            assert [pair.back.recv(5).data for _ in range(20)] == [b"%d" % number for number in range(20)]
+            assert pair.out.fetch_add(region.handle, 0, 1) == turn
