@@ -220,9 +220,10 @@ class State:
         version: int,
         oldest: int,
         objects: Sequence[ObjectSpec],
-        log_bytes: int = 1 << 20,
+        log_bytes: int | None = None,
     ) -> None:
-        """Lay out a blank segment; its size is the descriptor's. Raises StateFullError when the objects do not
+        """Lay out a blank segment; its size is the descriptor's. `log_bytes` is what one poll may overwrite; None: a
+        sixteenth of the segment if that fits, and at least 1 MiB. Raises StateFullError when the objects do not
         fit."""
     @property
     def header(self) -> dict[str, Any]:

@@ -390,3 +390,25 @@ def test_an_application_that_died_is_missed_on_the_other_host(plain: Two) -> Non
     plain.b.worker.detach(other.channel.id)
     with pytest.raises(ClosedByPeerError):
         out.recv(SOON)
+
+
+@pytest.mark.parametrize("host", ["", "b/"])
+def test_thousands_of_connections_come_and_go_at_once(plain: Two, host: str) -> None:
+    other = plain.b.open() if host else plain.a.open()
+    other.bind("hub")
+    tags = [plain.near._begin(2, 0, f"{host}hub".encode(), "connect") for _ in range(200)]
+    numbers = [tag.result(SOON) for tag in tags]
+    for _ in range(14):
+        tags = [plain.near._begin(2, 0, f"{host}hub".encode(), "connect") for _ in range(200)]
+        while not all(tag.done for tag in tags):
+            plain.near.wait(SOON)
+        numbers += [tag.result(0) for tag in tags]
+    assert len(set(numbers)) == 3000
+    last = [other.accept(SOON) for _ in range(3000)][-1]
+    plain.near.close()
+    plain.a.worker.detach(plain.near.channel.id)
+    with pytest.raises(ClosedByPeerError):
+        last.recv(SOON)
+    again = plain.a.open().connect(f"{host}hub")
+    again.send(b"still there")
+    assert other.accept(SOON).recv(SOON).data == b"still there"

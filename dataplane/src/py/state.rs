@@ -81,7 +81,7 @@ impl State {
     }
 
     #[staticmethod]
-    #[pyo3(signature = (fd, engine, schema, version, oldest, objects, log_bytes=state::LOG_BYTES))]
+    #[pyo3(signature = (fd, engine, schema, version, oldest, objects, log_bytes=None))]
     #[allow(clippy::too_many_arguments)]
     fn format(
         py: Python<'_>,
@@ -91,11 +91,13 @@ impl State {
         version: u32,
         oldest: u32,
         objects: Vec<Spec>,
-        log_bytes: usize,
+        log_bytes: Option<usize>,
     ) -> PyResult<()> {
         let objects = objects.into_iter().map(|spec| object_spec(py, spec)).collect::<PyResult<Vec<_>>>()?;
         let schema = Schema { engine, name: schema, version, oldest, objects };
-        Frame::format(borrow(fd)?, &schema, log_bytes).map_err(|error| convert(py, error))
+        let fd = borrow(fd)?;
+        let log_bytes = log_bytes.map_or_else(|| Frame::log_for(fd, &schema), Ok);
+        log_bytes.and_then(|log_bytes| Frame::format(fd, &schema, log_bytes)).map_err(|error| convert(py, error))
     }
 
     #[getter]

@@ -86,6 +86,15 @@ impl Frame {
         Ok(got < 8 || u64::from_le_bytes(magic) == 0)
     }
 
+    /// How long an undo log to lay out in a blank segment: who has a large state may overwrite much of it in one poll. Raises
+    /// `Usage`, `Os`.
+    pub fn log_for(fd: BorrowedFd<'_>, schema: &Schema) -> Result<usize> {
+        let size = size_of(fd)?;
+        let wished = (size / 16).next_multiple_of(layout::PAGE).max(layout::LOG_BYTES);
+        let (_, needed) = layout::place(schema, wished)?;
+        Ok(if needed <= size { wished } else { layout::LOG_BYTES })
+    }
+
     /// Lay a blank segment out; the magic is written last. Raises `Usage`, `Full`, `Os`.
     pub fn format(fd: BorrowedFd<'_>, schema: &Schema, log_bytes: usize) -> Result<()> {
         let (_, needed) = layout::place(schema, log_bytes)?;

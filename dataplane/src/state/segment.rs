@@ -29,7 +29,7 @@ pub struct Segment {
     counters_logged: Vec<u64>,
     /// Units whose checksums are made at the commit: object, number.
     unsummed: Vec<(u32, u32)>,
-    /// Items of slabs that were freed in this poll: their bytes are needed if it is taken back.
+    /// Items of slabs, and rows, that were freed in this poll: their bytes are needed if it is taken back.
     pub(super) freed: HashSet<(usize, usize)>,
     /// Where each slab is searched first.
     pub(super) hints: Vec<usize>,

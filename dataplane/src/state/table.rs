@@ -134,8 +134,8 @@ impl Table {
             return damaged(format!("table {:?} claims {used} slots", self.object.spec.name));
         };
         let next = if freed != 0 { self.freed_after(segment, slot)? } else { 0 };
-        // A freed slot may hold a row that was deleted in this very poll, a new one nothing that could be lost.
-        let lost = if freed != 0 { self.object.stride } else { HEAD };
+        // A row that was deleted in this very poll may have to come back; nothing else in the slot could be lost.
+        let lost = if segment.freed.contains(&(self.object.id, slot)) { self.object.stride } else { HEAD };
         segment.reserve(3, META_WORDS * 8 + lost + 8)?;
         segment.log_counters(&self.object)?;
         segment.log(self.place(slot), lost)?;
@@ -173,6 +173,7 @@ impl Table {
         let freed = segment.load(meta + META_FREE);
         segment.write_word(self.place(slot), u64::from(FREED) << 32 | (freed & u64::from(u32::MAX)))?;
         segment.store(meta + META_FREE, slot as u64 + 1);
+        segment.freed.insert((self.object.id, slot));
         let live = segment.load(meta + META_LIVE);
         segment.store(meta + META_LIVE, live.wrapping_sub(1));
         let mut hole = position;
