@@ -52,6 +52,7 @@ HOWS = {
     "ethernet": {},
     "version-1": {"version": 1},
     "jumbo": {"mtu": 8972},
+    "smallest": {"mtu": 508},
     "sealed": {"sealed": True},
     "timely": {"algorithm": "timely"},
 }

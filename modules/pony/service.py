@@ -54,7 +54,7 @@ def peers(module: PonyModule) -> list[dict[str, Any]]:
         flows = module.ask_engine({"do": "flows"})["flows"]
     except SnapError:
         flows = []
-    connected = {flow.get("host") for flow in flows}
+    connected = {flow["host"] for flow in flows if flow.get("attached")}
     rows = []
     for host in sorted({*control.config.peers, *pins, *control.records}):
         record = control.records.get(host)

@@ -53,8 +53,8 @@ struct Keys {
     receive: String,
 }
 
-/// The shortest packets that are of use, in bytes: what every IPv6 path carries.
-const LEAST_MTU: u16 = 1200;
+/// The shortest packets that are of use, in bytes: what every IPv4 path carries.
+const LEAST_MTU: u16 = 508;
 
 fn usage(text: impl Into<String>) -> StateError {
     StateError::Usage(text.into())

@@ -128,6 +128,8 @@ impl Desk {
             .filter_map(|(link, _)| match silent(&self.far, link) {
                 None if self.connections.iter().any(|(_, own)| own.link == link) => Some((link, 0)),
                 Some(silence) if silence > LOOK_AROUND => Some((link, silence)),
+                // New keys come with a new set-up.
+                _ if self.far.lines.get(&link).is_some_and(|line| line.stale(now)) => Some((link, 0)),
                 _ => None,
             })
             .collect();

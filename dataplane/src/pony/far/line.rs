@@ -7,7 +7,10 @@ use super::frame::{Ends, Part, REPLY, REQUEST};
 use super::rows::{Attached, Link};
 use super::seal::Seal;
 use crate::pony::flow::{Flow, Nanos, Settings};
+use crate::stats::monotonic_ns;
 
+/// How long keys serve, in ns: an hour.
+const KEYS_SERVE: Nanos = 3_600_000_000_000;
 /// Parts of operations that are asked for at a time.
 pub const PARTS: u32 = 512;
 
@@ -103,6 +106,8 @@ pub struct Line {
     pub turn: bool,
     pub peer_epoch: Option<u32>,
     pub bad: u64,
+    /// When its keys were agreed, as far as this process knows.
+    pub since: Nanos,
 }
 
 impl Line {
@@ -129,7 +134,13 @@ impl Line {
             turn: false,
             peer_epoch: None,
             bad: 0,
+            since: monotonic_ns(),
         }
+    }
+
+    /// Whether its keys have served for as long as they should.
+    pub fn stale(&self, now: Nanos) -> bool {
+        self.seal.is_some() && now.saturating_sub(self.since) > KEYS_SERVE
     }
 
     pub fn has_work(&self) -> bool {
