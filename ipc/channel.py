@@ -240,6 +240,15 @@ class Channel(Endpoint):
                 return
             yield message
 
+    async def wait_rung(self) -> None:
+        """Wait until something may have come, for whoever takes messages without waiting; returns at once when
+        something is there."""
+        await self._wait(self.arm_recv)
+
+    def wake_waiters(self) -> None:
+        """Have everybody who waits look again: what was taken may be what they wait for."""
+        self._wake_all()
+
     async def _retry(self, attempt: Callable[[], T], not_yet: type[Exception], arm: Callable[[], bool]) -> T:
         while True:
             try:

@@ -73,6 +73,7 @@ CHANNEL = ChannelView(
     slots=1024,
     up_bytes=1 << 20,
     down_bytes=1 << 20,
+    arena_bytes=0,
     depth_up=4,
     depth_down=0,
     since=1_700_000_000.0,

@@ -9,8 +9,7 @@ from typing import Final, NamedTuple, Self
 from zlib import crc32
 
 from snap.ipc import UsageError
-from snap.modules.pony import INDIRECTION
-from snap.modules.pony.client import INLINE_READ
+from snap.modules.pony import INDIRECTION, INLINE_READ
 
 SLOT: Final = 8 + INDIRECTION.size
 """Bytes of a slot of the index: a hash, and the pointer to a cell."""

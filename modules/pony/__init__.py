@@ -1,17 +1,9 @@
 """Pony Express: messages and one-sided operations between applications."""
 
-from .client import (
-    BURST,
-    INDIRECTION,
-    INLINE_READ,
-    SMALL,
-    Connection,
-    Message,
-    Operation,
-    Pony,
-    Region,
-    Right,
-)
+from .aio import AsyncPony
+from .client import Pony, Region, Right
+from .commands import BURST, INDIRECTION, INLINE_READ, SMALL
+from .connection import Connection, Message, Operation
 from .errors import (
     BusyError,
     ClosedByPeerError,
@@ -30,6 +22,7 @@ __all__ = [
     "INDIRECTION",
     "INLINE_READ",
     "SMALL",
+    "AsyncPony",
     "BusyError",
     "ClosedByPeerError",
     "Connection",
