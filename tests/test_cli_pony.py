@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -15,10 +17,11 @@ from snap.cli.commands import pony as commands
 from snap.cli.main import run
 from snap.cli.pony import perf, ping
 from snap.dataplane.errors import DeadlineError
-from snap.modules.pony import Message, NoPeerError, RightError, identity
+from snap.modules.pony import Message, NoPeerError, Pony, PonyError, RightError, identity
 from snap.modules.pony.places import Places
 from tests.cli_rig import data, snapctl
 from tests.conftest import OWNER_MAY_ALL, KernelProcess
+from tests.waiting import LIMIT, Background
 
 PEERS = [
     {
@@ -38,7 +41,24 @@ PEERS = [
         "fingerprint": "",
     },
 ]
-FLOWS = [{"host": "beta", "flow": 3, "more": {"x": 1}}, {"host": "gamma", "flow": 4, "rtt": None}]
+FLOWS = [
+    {
+        "host": "beta",
+        "attached": True,
+        "connections": 3,
+        "address": "10.0.0.2:4747",
+        "version": 2,
+        "mtu": 1472,
+        "sealed": True,
+        "rtt_us": 55.5,
+        "window": 12.25,
+        "sent": 7,
+        "again": 1,
+        "received": 6,
+        "bad": 0,
+    },
+    {"host": "gamma", "attached": False, "connections": 1, "refused": "bad \x1b[0m"},
+]
 
 
 # -- lists ------------------------------------------------------------------------------------------------------
@@ -49,7 +69,7 @@ FLOWS = [{"host": "beta", "flow": 3, "more": {"x": 1}}, {"host": "gamma", "flow"
     [
         ("peers", PEERS, "PonyPeer", ["beta", "gamma"]),
         ("flows", FLOWS, "PonyFlow", ["beta", "gamma"]),
-        ("regions", [{"handle": 7}], "PonyRegion", ["7"]),
+        ("regions", [{"id": 7, "channel": 3}], "PonyRegion", ["7"]),
         ("regions", [], "PonyRegion", []),
     ],
 )
@@ -88,6 +108,43 @@ def test_a_real_module_answers(
     assert (found["kind"], found["items"]) == ("PonyPeerList", [])
     away = snapctl("pony", "ping", "nowhere", "-c", "1", "--runtime-dir", started.directory)
     assert away.returncode == 1 and "connect to 'nowhere/.echo'" in away.stderr
+
+
+def test_bulk_through_a_real_engine(kernel: Callable[..., KernelProcess]) -> None:
+    """To the engine's own echo, or where it has none, to an application of that name."""
+    started = kernel(OWNER_MAY_ALL + "[modules.pony]\nautostart = true\n")
+    stop, bound = threading.Event(), threading.Event()
+
+    def swallow() -> None:
+        with started.connect() as client, Pony.open(client, 1 << 20) as far:
+            try:
+                far.bind(ping.ECHO)
+            except PonyError:
+                return
+            finally:
+                bound.set()
+            peer = far.accept(LIMIT)
+            place = far.place(1 << 16)
+            posted = deque(peer.begin_receive_into(place) for _ in range(16))
+            while not stop.is_set():
+                with contextlib.suppress(DeadlineError, PonyError):
+                    posted[0].result(0.1)
+                    posted.popleft()
+                    posted.append(peer.begin_receive_into(place))
+
+    there = Background(swallow)
+    bound.wait(LIMIT)
+    try:
+        done = snapctl(
+            "pony", "perf", "-t", "0.3", "--kind", "messages", "--size", 1 << 16, "-o", "json",
+            "--runtime-dir", started.directory,
+        )  # fmt: skip
+    finally:
+        stop.set()
+        there.finish()
+    (phase,) = data(done)["phases"]
+    assert phase["operations"] > 0 and phase["bytes"] == phase["operations"] << 16
+    assert phase["engine_cpu_seconds"] is not None and phase["error"] == ""
 
 
 # -- the key ----------------------------------------------------------------------------------------------------

@@ -86,15 +86,29 @@ def _column(key: str) -> Callable[[dict[str, Any]], object]:
 @pony.command()
 @click.pass_obj
 def flows(settings: Settings) -> None:
-    """List the flows to other hosts."""
-    show(settings, "PonyFlow", listed(settings, "flows"), "host")
+    """List the flows to other hosts: `-o json` has more of each."""
+    columns: dict[str, Callable[[dict[str, Any]], object]] = {
+        "HOST": lambda row: row["host"],
+        "ADDRESS": lambda row: row.get("address") or "-",
+        "CONNECTIONS": lambda row: row["connections"],
+        "WIRE": lambda row: f"{row['version']}, {row['mtu']} B" if row["attached"] else "-",
+        "SEALED": lambda row: "yes" if row.get("sealed") else "no",
+        "RTT": lambda row: f"{row['rtt_us']:.0f} µs" if row.get("rtt_us") else "-",
+        "WINDOW": lambda row: f"{row['window']:.3g}" if row["attached"] else "-",
+        "SENT": lambda row: row.get("sent", "-"),
+        "AGAIN": lambda row: row.get("again", "-"),
+        "RECEIVED": lambda row: row.get("received", "-"),
+        "BAD": lambda row: row.get("bad", "-"),
+        "ERROR": lambda row: row.get("refused") or "-",
+    }
+    show(settings, "PonyFlow", listed(settings, "flows"), "host", columns)
 
 
 @pony.command()
 @click.pass_obj
 def regions(settings: Settings) -> None:
     """List the memory that applications let their peers use."""
-    show(settings, "PonyRegion", listed(settings, "regions"), "handle")
+    show(settings, "PonyRegion", listed(settings, "regions"), "id")
 
 
 @pony.command()
