@@ -76,6 +76,8 @@ def test_a_name_is_bound_once_and_unknown_ones_are_said(pair: Pair) -> None:
     with pytest.raises(PonyError, match="somebody is bound") as taken:
         pair.near.bind("far")
     assert taken.value.status == Status.TAKEN
+    with pytest.raises(PonyError):
+        pair.near.bind(".echo")
     with pytest.raises(NoPeerError):
         pair.near.connect("nowhere")
     for wrong in ("", "a/b", "x" * 65):
@@ -302,3 +304,15 @@ def test_an_upgrade_to_itself_is_not_noticed(pair: Pair) -> None:
             assert view["outcome"] == "committed", view
             assert [pair.back.recv(5).data for _ in range(20)] == [b"%d" % number for number in range(20)]
             assert pair.out.fetch_add(region.handle, 0, 1) == turn
+
+
+def test_the_engine_itself_echoes(pair: Pair) -> None:
+    echo = pair.near.connect(".echo")
+    for size in (0, 64, 4096):
+        echo.send(b"e" * size)
+        assert echo.recv(5).data == b"e" * size
+    assert echo.read(0, 0, 64) == bytes(64)
+    assert echo.begin_send_from(pair.near.place(1000)).result(5) == 1000
+    echo.close()
+    pair.out.send_datagram(b"may be lost")
+    assert pair.back.recv_datagram(5) == b"may be lost"

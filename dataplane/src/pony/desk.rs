@@ -185,7 +185,8 @@ impl Desk {
         if name.is_empty() || name.len() > NAME || name.contains(&b'/') {
             return Ok(Err(Status::Bad));
         }
-        if self.by_name.contains_key(name) {
+        // Names with a dot in front are the engine's own.
+        if name.starts_with(b".") || self.by_name.contains_key(name) {
             return Ok(Err(Status::Taken));
         }
         let number = self.names.insert(segment, Name { channel, text: name.to_vec() })?;
