@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -15,10 +17,11 @@ from snap.cli.commands import pony as commands
 from snap.cli.main import run
 from snap.cli.pony import perf, ping
 from snap.dataplane.errors import DeadlineError
-from snap.modules.pony import Message, NoPeerError, RightError, identity
+from snap.modules.pony import Message, NoPeerError, Pony, PonyError, RightError, identity
 from snap.modules.pony.places import Places
 from tests.cli_rig import data, snapctl
 from tests.conftest import OWNER_MAY_ALL, KernelProcess
+from tests.waiting import LIMIT, Background
 
 PEERS = [
     {
@@ -88,6 +91,44 @@ def test_a_real_module_answers(
     assert (found["kind"], found["items"]) == ("PonyPeerList", [])
     away = snapctl("pony", "ping", "nowhere", "-c", "1", "--runtime-dir", started.directory)
     assert away.returncode == 1 and "connect to 'nowhere/.echo'" in away.stderr
+
+
+def test_bulk_through_a_real_engine(kernel: Callable[..., KernelProcess]) -> None:
+    """To the engine's own echo, or where it has none, to an application of that name."""
+    started = kernel(OWNER_MAY_ALL + "[modules.pony]\nautostart = true\n")
+    stop, bound = threading.Event(), threading.Event()
+
+    def swallow() -> None:
+        with started.connect() as client, Pony.open(client, 1 << 20) as far:
+            try:
+                far.bind(ping.ECHO)
+            except PonyError:
+                return
+            finally:
+                bound.set()
+            peer = far.accept(LIMIT)
+            place = far.place(1 << 16)
+            posted = deque(peer.begin_receive_into(place) for _ in range(16))
+            while not stop.is_set():
+                with contextlib.suppress(DeadlineError, PonyError):
+                    posted[0].result(0.1)
+                    posted.popleft()
+                    posted.append(peer.begin_receive_into(place))
+
+    there = Background(swallow)
+    bound.wait(LIMIT)
+    try:
+        done = snapctl(
+            "pony", "perf", "-t", "0.3", "--kind", "messages", "--size", 1 << 16, "-o", "json",
+            "--runtime-dir", started.directory,
+        )  # fmt: skip
+    finally:
+        stop.set()
+        there.finish()
+    (phase,) = data(done)["phases"]
+    assert phase["error"] == "" and phase["operations"] > 0, phase
+    assert phase["bytes"] == phase["operations"] << 16
+    assert phase["engine_cpu_seconds"] is not None and phase["error"] == ""
 
 
 # -- the key ----------------------------------------------------------------------------------------------------

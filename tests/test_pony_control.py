@@ -190,6 +190,18 @@ def test_a_known_host_that_says_it_is_another_is_refused(hosts: Both) -> None:
     assert not beta.engine.attached
 
 
+def test_a_host_of_our_own_name_is_refused(hosts: Both) -> None:
+    alpha, beta = hosts.pair()
+    beta.knows(alpha, name="beta")
+    (beta.folder / identity.PEERS / "alpha.pem").unlink()
+    alpha.name = "beta"
+    alpha.knows(beta, name="gamma")
+    (alpha.folder / identity.PEERS / "beta.pem").unlink()
+    beta.start()
+    alpha.start().want("gamma")
+    assert "both hosts say that they are beta" in refusal(alpha, "gamma")
+
+
 def test_a_host_that_is_reached_under_another_name_says_so(hosts: Both) -> None:
     alpha, beta = hosts.pair()
     alpha.knows(beta, name="delta")
@@ -353,6 +365,12 @@ def test_a_key_is_private_never_replaced_unless_forced_and_its_certificate_pins_
     assert identity.make(tmp_path / "etc", "alpha", force=True).own != first
     der = ssl.PEM_cert_to_DER_cert(made.certificate.read_text())
     assert identity.fingerprint(der) == identity.load(tmp_path / "etc").own
+
+
+def test_a_key_that_others_can_read_is_not_used(tmp_path: Path) -> None:
+    identity.make(tmp_path, "alpha").key.chmod(0o640)
+    with pytest.raises(UsageError, match="chmod 600"):
+        identity.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -205,10 +205,11 @@ def test_what_the_engine_wants_is_dialed(module: Any, tmp_path: Path) -> None:
 
 
 def test_operators_are_answered_or_told_why_not(module: Any, tmp_path: Path) -> None:
-    configure(tmp_path)
+    configure(tmp_path, 'listen = "127.0.0.1"\ntcp_port = 0\nudp_port = 0\n[peers.beta]\naddress = "x"\n')
     made = module()
     made.on_start()
     made.control.want("beta")
+    made.control.want("made\nup")  # of which nothing is kept
     engine = ControlEngine()
     engine.module = made
     with EngineHarness(engine) as harness:

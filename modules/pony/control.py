@@ -32,7 +32,7 @@ DEADLINE: Final = 5.0
 
 HALF_OPEN: Final = 16
 _LOOK: Final = 0.05
-"""Seconds between two looks whether the engine runs here, while somebody knocks."""
+"""Seconds between two attempts to accept somebody who knocks, while the engine does not run here, say."""
 
 Ask = Callable[[dict[str, Any]], dict[str, Any]]
 """A request to the engine, as plain data. Raises NotRunningError where it does not run."""
@@ -125,9 +125,11 @@ class Control:
                 record.become("connected")
                 _log(f"{host}: {_words(agreed)}")
         except _Overtaken:
-            pass
+            record.become("idle")
         except SetupError as error:
-            if self._holds(host, turn) and error.reason is not Reason.CROSSED:
+            if error.reason is Reason.CROSSED or not self._holds(host, turn):
+                record.become("idle")
+            else:
                 self._refuse(host, error)
         finally:
             self._end(host, turn)
@@ -180,8 +182,11 @@ class Control:
                 continue
             try:
                 raw, where = self._listener.accept()
-            except OSError:
+            except BlockingIOError:
                 continue  # it went away again, or another process was faster
+            except OSError:
+                time.sleep(_LOOK)  # out of descriptors, say
+                continue
             if self._guests.acquire(blocking=False):
                 self._spawn(self._serve, raw, where[0])
             else:
@@ -307,7 +312,9 @@ class Control:
         return True
 
     def _record(self, host: str) -> Record:
-        return self.records.setdefault(host, Record())
+        """Of names that an application made up nothing is kept."""
+        known = host in self._pins or host in self.config.peers
+        return self.records.setdefault(host, Record()) if known else Record()
 
     def _meeting(self, host: str) -> Meeting:
         return self._meetings.setdefault(host, Meeting(self.config.name, host))
@@ -338,5 +345,6 @@ def _words(agreed: Agreed) -> str:
 
 
 def _log(text: str) -> None:
-    """To the module's log."""
-    print(f"pony: {text}", file=sys.stderr, flush=True)
+    """A line of the module's log, whatever names applications and peers use."""
+    shown = "".join(each if each.isprintable() else "?" for each in text)
+    print(f"pony: {shown}", file=sys.stderr, flush=True)

@@ -76,6 +76,8 @@ def load(directory: Path) -> Identity:
     )
     if not made.key.exists():
         raise UsageError(f"{made.key}: there is none", "make it with `snapctl pony key`")
+    if made.key.stat().st_mode & 0o077:
+        raise UsageError(f"{made.key}: others may read it", f"chmod 600 {made.key}")
     names: dict[str, str] = {made.own: "this host itself"}
     for name, pem in made.peers.items():
         pin = _of_pem(pem, directory / PEERS / f"{name}.pem")

@@ -143,6 +143,9 @@ def check(own: Hello, theirs: Message, shown: str) -> Hello:
         raise SetupError(theirs.reason, f"{shown} says: {theirs.detail}")
     if not isinstance(theirs, Hello):
         raise SetupError(Reason.PROTOCOL, f"{shown} began with something else than a greeting")
+    if theirs.name == own.name:
+        # The keys of the two directions differ by the names.
+        raise SetupError(Reason.UNAUTHENTICATED, f"both hosts say that they are {own.name}")
     if theirs.name != shown:
         raise SetupError(
             Reason.UNAUTHENTICATED,
