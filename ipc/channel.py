@@ -55,8 +55,8 @@ class Channel(Endpoint):
         service: str = "",
         rights: frozenset[str] = frozenset({"send", "recv"}),
     ) -> Self:
-        """Build from the first nine arguments of `Endpoint` and the descriptor and size of the arena, holding this end to
-        `rights`. Raises as it does."""
+        """Build from the first nine arguments of `Endpoint` and the descriptor and size of the arena, holding this
+        end to `rights`. Raises as it does."""
         bits = sum(bit for right, bit in _RIGHT_BITS.items() if right in rights)
         arguments = (*endpoint, -1, -1, bits, *arena)
         channel = cls(*arguments)

@@ -52,7 +52,8 @@ class Lookup(Message, frozen=True):
 class Open(Message, frozen=True):
     """Open a channel to the service behind `handle`; `wait` seconds for the service to be ready.
 
-    Sizes are wishes: 0 means the default, and no arena. `slots` is a power of two. Answered by `Opened` with descriptors.
+    Sizes are wishes: 0 means the default, and no arena. `slots` is a power of two. Answered by `Opened` with
+    descriptors.
     """
 
     handle: int
@@ -210,8 +211,8 @@ class Report(Message, frozen=True):
 
 
 class Attach(Message, frozen=True):
-    """A client's channel to serve with `engine`. fds: ring, up, down, server bell, client bell, the arena if there is one.
-    `badge` names the caller and comes from the kernel alone. Answered by `Attached` or `Failure`."""
+    """A client's channel to serve with `engine`. fds: ring, up, down, server bell, client bell, the arena if there is
+    one. `badge` names the caller and comes from the kernel alone. Answered by `Attached` or `Failure`."""
 
     channel: int
     generation: int
