@@ -132,7 +132,7 @@ class Kernel:
         order: dict[str, Any] = {
             "seq": 1, "channel": pair.server.id, "generation": 1, "service": "echo", "engine": engine, "badge": "b",
             "rights": ["send", "recv"], "slots": 256, "up_bytes": 1 << 20, "down_bytes": 1 << 20,
-            "gate_index": pair.server.id,
+            "gate_index": pair.server.id, "arena_bytes": 0,
         }  # fmt: skip
         self.ground.gate.open(pair.server.id, 1)
         self.tell(Attach(**(order | change)), pair.descriptors)

@@ -65,6 +65,7 @@ def opened(seq: int, **changes: Any) -> bytes:
         "slots": 64,
         "up_bytes": 4096,
         "down_bytes": 4096,
+        "arena_bytes": 0,
         "rights": ["send"],
         "backend": "memfd",
     }
@@ -277,6 +278,7 @@ def test_another_channel_for_the_same_request_is_given_back() -> None:
             slots=64,
             up_bytes=1,
             down_bytes=1,
+            arena_bytes=0,
             rights=[],
             backend="memfd",
         )

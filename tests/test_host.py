@@ -279,7 +279,7 @@ def grant(kernel: Kernel, pair: ChannelPair) -> None:
     wish = kernel.hear(Open)
     assert wish.handle == 5
     opened = Opened(
-        seq=wish.seq, channel=pair.server.id, generation=1, slots=256, up_bytes=1 << 20, down_bytes=1 << 20,
+        seq=wish.seq, channel=pair.server.id, generation=1, slots=256, up_bytes=1 << 20, down_bytes=1 << 20, arena_bytes=0,
         rights=["send", "recv"], backend="memfd",
     )  # fmt: skip
     kernel.tell(opened, pair.descriptors)
