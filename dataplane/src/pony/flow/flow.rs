@@ -228,6 +228,8 @@ impl Flow {
                 if !self.rtt.looking() {
                     self.congestion.on_ack(now, &self.rtt, sample);
                 }
+                // A distance that was kept from a window that was smaller is too long by now.
+                self.next_send = self.next_send.min(now + self.congestion.gap(&self.rtt));
                 let congested = self.congestion.congested(&self.rtt, sample);
                 self.path.on_ack(acked.packets, congested, self.flight.flying);
             }
