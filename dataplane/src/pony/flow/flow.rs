@@ -18,6 +18,8 @@ const MOST_TIMEOUT: Nanos = 500 * MILLISECOND;
 const LEAST_PROBE: Nanos = 500 * MICROSECOND;
 /// Probes before everything counts as lost, each after twice the time of the one before.
 const PROBES: u32 = 2;
+/// Slower than this no flow is made: who has long round trips would take minutes to find out that all is well again.
+const MOST_GAP: Nanos = 20 * MILLISECOND;
 const MOST_BACKOFF: u32 = 7;
 /// Acknowledgements wait for this long, or this many packets, whichever comes first.
 pub const ACK_DELAY: Nanos = 100 * MICROSECOND;
@@ -119,13 +121,17 @@ pub struct Flow {
     echo_number: u64,
 }
 
+fn new_congestion(settings: &Settings) -> Congestion {
+    Congestion::new(settings.algorithm, settings.version.window() as f64)
+}
+
 impl Flow {
     pub fn new(settings: Settings) -> Flow {
         Flow {
             settings,
             flight: Flight::new(settings.first),
             came: Window::default(),
-            congestion: Congestion::new(settings.algorithm, settings.version.window() as f64),
+            congestion: new_congestion(&settings),
             rtt: Rtt::default(),
             path: Path::default(),
             counts: Counts::default(),
@@ -168,6 +174,9 @@ impl Flow {
                 // What was under way went to somebody who is no more, and there is nothing to wait for.
                 self.flight.lose_all();
                 (self.backoff, self.loss_due) = (0, None);
+                // That nobody answered meanwhile says nothing about the network.
+                self.congestion = new_congestion(&self.settings);
+                self.next_send = now;
             }
             Some(epoch) if header.epoch != epoch => return Ok(Receipt::Stale),
             Some(_) => {}
@@ -225,11 +234,11 @@ impl Flow {
                 let sample = Sample { rtt: Nanos::from(trip), queued: header.queued.into(), acked: acked.packets };
                 self.rtt.sample(now, header.sent_at, sample.rtt);
                 // A look says nothing about the share of the path that this flow may have.
-                if !self.rtt.looking() {
+                if !self.rtt.looking() || self.congestion.window() < 1.0 {
                     self.congestion.on_ack(now, &self.rtt, sample);
                 }
                 // A distance that was kept from a window that was smaller is too long by now.
-                self.next_send = self.next_send.min(now + self.congestion.gap(&self.rtt));
+                self.next_send = self.next_send.min(now + self.gap());
                 let congested = self.congestion.congested(&self.rtt, sample);
                 self.path.on_ack(acked.packets, congested, self.flight.flying);
             }
@@ -305,6 +314,11 @@ impl Flow {
         (self.probed, self.probe_due) = (PROBES, false);
     }
 
+    /// Time between two packets.
+    fn gap(&self) -> Nanos {
+        self.congestion.gap(&self.rtt).min(MOST_GAP)
+    }
+
     fn window(&self) -> f64 {
         // After a timeout one packet at a time finds out whether the path works.
         if self.backoff > 0 || self.rtt.looking() {
@@ -356,7 +370,7 @@ impl Flow {
             }
             None => (self.flight.launch(now, token, number), false),
         };
-        let gap = self.congestion.gap(&self.rtt);
+        let gap = self.gap();
         self.next_send = if gap == 0 { 0 } else { self.next_send.max(now.saturating_sub(gap)) + gap };
         self.unasked += 1;
         let every = (self.window() / ACKS_PER_WINDOW) as u32;
