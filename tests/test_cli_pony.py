@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -17,11 +15,10 @@ from snap.cli.commands import pony as commands
 from snap.cli.main import run
 from snap.cli.pony import perf, ping
 from snap.dataplane.errors import DeadlineError
-from snap.modules.pony import Message, NoPeerError, Pony, PonyError, RightError, identity
+from snap.modules.pony import Message, NoPeerError, RightError, identity
 from snap.modules.pony.places import Places
 from tests.cli_rig import data, snapctl
 from tests.conftest import OWNER_MAY_ALL, KernelProcess
-from tests.waiting import LIMIT, Background
 
 PEERS = [
     {
