@@ -1,10 +1,12 @@
-"""An application that is measured: `python -m snap.cli.bench.pony_app RUNTIME-DIR` does what it is told in lines of JSON
-on standard input, and answers in lines of JSON. The duties of Pony are here, those of its rivals in `pony_rivals`."""
+"""An application that is measured: `python -m snap.cli.bench.pony_app RUNTIME-DIR` does what it is told in lines of
+JSON on standard input, and answers in lines of JSON. The duties of Pony are here, those of its rivals in
+`pony_rivals`."""
 
 from __future__ import annotations
 
 import ctypes
 import json
+import os
 import signal
 import sys
 import time
@@ -77,6 +79,10 @@ class Duties:
         )
         return {"handle": region.handle, "size": size, "table": entries.handle}
 
+    def pin(self, cpus: list[int]) -> None:
+        """Run on these processors only."""
+        os.sched_setaffinity(0, cpus)
+
     # -- rates ------------------------------------------------------------------------------------------------
 
     def reads(self, region: dict[str, int], burst: int, seconds: float, how: str) -> dict[str, float]:
@@ -120,7 +126,9 @@ class Duties:
 
     def _bursts(self, region: dict[str, int], burst: int, how: str) -> list[Any]:
         """The offsets, or the entries, of some bursts."""
-        scale, dtype = {"direct": (SMALL, "<u8"), "indirect": (1, "<u4"), "twice": (INDIRECTION.size, "<u8")}[how]
+        scale, dtype = {"direct": (SMALL, "<u8"), "indirect": (1, "<u4"), "twice": (INDIRECTION.size, "<u8")}[
+            how
+        ]
         count = region["size"] // SMALL if how == "direct" else ENTRIES
         return [(self._random.integers(0, count, burst) * scale).astype(dtype) for _ in range(SETS)]
 

@@ -122,7 +122,7 @@ def one_host() -> Iterator[Site]:
     """One kernel that knows no other host."""
     with Stage() as stage:
         runtime = stage.folder / "run"
-        stage.start_kernel(runtime, SNAP_CONFIG_DIR=os.fspath(stage.folder))
+        stage.start_kernel(runtime, environment={"SNAP_CONFIG_DIR": os.fspath(stage.folder)})
         _ready(runtime)
         yield Site(stage, (runtime, runtime))
 
@@ -162,7 +162,9 @@ def two_hosts(mtu: int) -> Iterator[Site]:
                 f'[peers.{_NAMES[peer]}]\naddress = "{addresses[peer]}"\n'
             )
             runtime = folder / "run"
-            stage.start_kernel(runtime, netns=namespaces[own], SNAP_CONFIG_DIR=os.fspath(folder))
+            stage.start_kernel(
+                runtime, netns=namespaces[own], environment={"SNAP_CONFIG_DIR": os.fspath(folder)}
+            )
             _ready(runtime)
         runtimes = (folders[0] / "run", folders[1] / "run")
         yield Site(stage, runtimes, namespaces, addresses[1], "b/", devices)

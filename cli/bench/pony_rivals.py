@@ -6,7 +6,7 @@ import array
 import fcntl
 import importlib.util
 import os
-import selectors
+import select
 import socket
 import struct
 import threading
@@ -84,7 +84,7 @@ class Rivals:
             for _ in range(count):
                 self._sockets[0].sendall(data)
             return
-        self._share(share, selectors.EVENT_WRITE, lambda sock, left: sock.send(data[: min(left, LARGE)]))
+        self._share(share, select.EPOLLOUT, lambda sock, left: sock.send(data[: min(left, LARGE)]))
 
     def tcp_take(self, count: int) -> dict[str, float]:
         """Until they have come; bytes, seconds, and CPU seconds of the whole machine, from the first on."""
@@ -100,9 +100,7 @@ class Rivals:
             while left:
                 left -= first.recv_into(buffer[: min(left, LARGE)])
         else:
-            self._share(
-                share, selectors.EVENT_READ, lambda sock, left: sock.recv_into(buffer[: min(left, LARGE)])
-            )
+            self._share(share, select.EPOLLIN, lambda sock, left: sock.recv_into(buffer[: min(left, LARGE)]))
         return {
             "bytes": share * len(self._sockets),
             "seconds": time.monotonic() - begin,
@@ -111,19 +109,18 @@ class Rivals:
 
     def _share(self, share: int, event: int, move: Callable[[socket.socket, int], int]) -> None:
         """Move `share` bytes on each connection, whichever is ready."""
-        left = dict.fromkeys(self._sockets, share)
-        with selectors.EpollSelector() as ready:
-            for sock in left:
+        left = {sock.fileno(): share for sock in self._sockets}
+        sockets = {sock.fileno(): sock for sock in self._sockets}
+        with select.epoll() as ready:
+            for number, sock in sockets.items():
                 sock.setblocking(False)
-                ready.register(sock, event)
+                ready.register(number, event)
             while left:
-                for key, _ in ready.select(_LONG):
-                    sock = key.fileobj
-                    assert isinstance(sock, socket.socket)
-                    left[sock] -= move(sock, left[sock])
-                    if not left[sock]:
-                        ready.unregister(sock)
-                        del left[sock]
+                for number, _ in ready.poll(_LONG):
+                    left[number] -= move(sockets[number], left[number])
+                    if not left[number]:
+                        ready.unregister(number)
+                        del left[number]
 
     def _add(self, sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

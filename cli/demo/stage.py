@@ -12,7 +12,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, Final, Self
 
@@ -82,9 +82,10 @@ class Stage:
         err: IO[bytes] | int | None = None,
         pass_fds: tuple[int, ...] = (),
         netns: str = "",
-        **environment: str,
+        environment: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Run `python -m module`, in the network namespace `netns` if any, out of Ctrl-C's reach, until the stage ends."""
+        """Run `python -m module`, out of Ctrl-C's reach, until the stage ends; in the network namespace `netns`, if
+        any, and with that `environment` beside ours."""
         self._held = True
         inside = ("ip", "netns", "exec", netns) if netns else ()
         child = subprocess.Popen(
@@ -93,14 +94,16 @@ class Stage:
             stdout=out,
             stderr=err,
             pass_fds=pass_fds,
-            env={**os.environ, **environment},
+            env={**os.environ, **(environment or {})},
             start_new_session=True,
         )
         self._children.append(child)
         self._release()
         return child
 
-    def start_kernel(self, runtime_dir: Path, *options: str, netns: str = "", **environment: str) -> None:
+    def start_kernel(
+        self, runtime_dir: Path, *options: str, netns: str = "", environment: Mapping[str, str] | None = None
+    ) -> None:
         """Run a kernel until the stage ends, and wait until it serves. Raises UnreachableError when it does not."""
         runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._kernels.append(runtime_dir)
@@ -111,8 +114,8 @@ class Stage:
         notices.bind(os.fspath(ready))
         with log.open("ab") as out:
             arguments = ("--runtime-dir", os.fspath(runtime_dir), *options)
-            environment["NOTIFY_SOCKET"] = os.fspath(ready)
-            child = self.start("snap.kernel", *arguments, out=out, err=out, netns=netns, **environment)
+            told = {**(environment or {}), "NOTIFY_SOCKET": os.fspath(ready)}
+            child = self.start("snap.kernel", *arguments, out=out, err=out, netns=netns, environment=told)
         _await_ready(child, notices, log)
 
     def at_end(self, call: Callable[..., object], *arguments: object) -> None:
