@@ -31,8 +31,13 @@ MTUS: Final = (1500, 9000)
 MANY: Final = 10_000
 """Connections, against one."""
 
-LOSSES: Final = (0.1, 1, 10)
-"""Percent of packets."""
+LOSSES: Final = {0.1: 128, 1: 32, 10: 2}
+"""Percent of packets, and large messages to send then over TCP, which takes long for them; Snap sends `LOSSY`."""
+
+LOSSY: Final = 64
+
+SENDERS: Final = {"Snap": ("send_large", "take_large"), "TCP": ("tcp_send", "tcp_take")}
+"""Who is compared in bulk: what the initiator does and what the target."""
 
 STREAMS: Final = (1, 200)
 SPREAD: Final = 64
@@ -278,7 +283,6 @@ def _indirect(bench: Bench, site: Site) -> None:
 def _connections(bench: Bench, site: Site) -> None:
     """Small messages and bursts spread over very many connections, beside the same on one; the memory of each."""
     many = 500 if bench.quick else MANY
-    count = bench.trips * 20
     engine = site.engine()
     with site.apps(0, LARGE) as one, site.apps(0, LARGE) as all_:
         _meet(site, one, "one")
@@ -290,17 +294,15 @@ def _connections(bench: Bench, site: Site) -> None:
             for who, apps, region in ((ONE_WHO, one, regions[0]), (MANY_WHO, all_, regions[1])):
                 found = _rate(site, apps[0], region=region, burst=SPREAD, seconds=bench.seconds, how="direct")
                 bench.results.add("connections, bursts of 64 reads", who, **found)
-                _, took = _both(apps, "send_small", "take_small", count=count)
+                _, took = _both(apps, "send_small", "take_small", batches=bench.trips)
                 rate = took["operations"] / took["seconds"] / 1e6
                 bench.results.add("connections, messages of 64 B", who, rate=rate)
 
 
-def _bulk(bench: Bench, site: Site, link: str, switches: tuple[bool, ...] = (), most: int = 0) -> None:
-    """Large messages, beside TCP; with the offloads of the link on and off, if it has any. `most`: streams."""
+def _bulk(bench: Bench, site: Site, link: str, switches: tuple[bool, ...] = ()) -> None:
+    """Large messages, beside TCP; with the offloads of the link on and off, if it has any."""
     idle = idle_share(0.5)
     for streams in STREAMS:
-        if most and streams > most:
-            continue
         with site.apps(0, 0) as apps:
             _meet(site, apps, f"bulk{streams}", streams)
             _meet_tcp(site, apps, streams)
@@ -309,24 +311,28 @@ def _bulk(bench: Bench, site: Site, link: str, switches: tuple[bool, ...] = (), 
                 for on in switches or (None,):
                     if on is not None:
                         _offload(site, on)
-                    for who, send, take in (
-                        ("Snap", "send_large", "take_large"),
-                        ("TCP", "tcp_send", "tcp_take"),
-                    ):
+                    for who in SENDERS:
                         # The first round tells how many a full one needs.
                         count = counts.get((on, who), 64 + 2 * streams)
-                        _, took = _both(apps, send, take, count=count)
-                        bits = took["bytes"] * 8 / 1e9
-                        if turn == 0:
-                            rate = took["bytes"] / LARGE / took["seconds"]
-                            counts[on, who] = max(count, int(rate * bench.seconds))
-                            continue
-                        bench.results.add(
-                            bulk_scenario(link, streams, on),
-                            who,
-                            goodput=bits / took["seconds"],
-                            goodput_per_core=bits / max(0.01, took["cpu"] - idle * took["seconds"]),
+                        rate = _goodput(
+                            bench, apps, who, count, idle, bulk_scenario(link, streams, on) if turn else ""
                         )
+                        counts.setdefault((on, who), max(count, int(rate * bench.seconds)))
+
+
+def _goodput(bench: Bench, apps: tuple[App, App], who: str, count: int, idle: float, scenario: str) -> float:
+    """Send `count` large messages: how many came a second. It is noted unless there is no `scenario`."""
+    _, took = _both(apps, *SENDERS[who], count=count)
+    bits = took["bytes"] * 8 / 1e9
+    if scenario:
+        bench.results.add(
+            scenario,
+            who,
+            goodput=bits / took["seconds"],
+            goodput_per_core=bits / max(0.01, took["cpu"] - idle * took["seconds"]),
+        )
+    rate: float = took["bytes"] / LARGE / took["seconds"]
+    return rate
 
 
 def bulk_scenario(link: str, streams: int, on: bool | None = None) -> str:
@@ -361,16 +367,24 @@ def _offload(site: Site, on: bool) -> None:
 
 
 def _loss(bench: Bench) -> None:
-    """Goodput where packets are lost; nothing else than netem loses them at a rate that is known."""
+    """Goodput where a filter loses packets in both directions; without offloads, whose packets are of up to 64 KiB."""
     if why := unable() or ("" if shutil.which("tc") else "there is no `tc` (iproute2)"):
         raise SnapError(why)
     with two_hosts(MTUS[0]) as site:
         _offload(site, False)
-        for loss in LOSSES:
-            run(
-                "tc",
-                "-n",
-                site.namespaces[0],
-                *f"qdisc replace dev {site.links[0]} root netem loss {loss}%".split(),
-            )
-            _bulk(bench, site, f"{loss} % lost", most=1)
+        ends = list(zip(site.namespaces, site.links, strict=True))
+        for netns, link in ends:
+            run("tc", "-n", netns, "qdisc", "add", "dev", link, "clsact")
+        for loss, count in LOSSES.items():
+            # Load a random word; drop (2) if it is below a threshold, else go on (0).
+            code = f"4,32 0 0 4294963256,53 1 0 {int(loss / 100 * (1 << 32))},6 0 0 2,6 0 0 0"
+            for netns, link in ends:
+                place = ("dev", link, "ingress", "pref", "1", "handle", "1")
+                run("tc", "-n", netns, "filter", "replace", *place, "bpf", "da", "bytecode", code)
+            with site.apps(0, 0) as apps:
+                _meet(site, apps, f"lossy{loss}")
+                _meet_tcp(site, apps)
+                for _ in range(bench.rounds):
+                    for who in SENDERS:
+                        large = LOSSY if who == "Snap" else count
+                        _goodput(bench, apps, who, large, 0.0, bulk_scenario(f"{loss} % lost", 1))

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Final
@@ -34,14 +34,17 @@ LARGE: Final = 1 << 20
 WINDOW: Final = 8
 """Operations under way at once, or one on each connection if these are more."""
 
+BATCH: Final = 32
+"""Small messages that are answered at once: half of what a peer may leave untaken."""
+
 ENTRIES: Final = 16_384
 """Entries of a table for indirect reads."""
 
 ROOM: Final = 64 << 20
 """Bytes of an arena beside what it shares: places for what is under way."""
 
-SETS: Final = 16
-"""Different bursts that are read in turn."""
+DISTINCT: Final = 1 << 21
+"""Places that are read before any is read again: together they are larger than caches are."""
 
 _LONG: Final = 60.0
 _PR_SET_PDEATHSIG: Final = 1
@@ -124,52 +127,50 @@ class Duties:
             place.free()
         return {"operations": operations, "seconds": now - begin}
 
-    def _bursts(self, region: dict[str, int], burst: int, how: str) -> list[Any]:
-        """The offsets, or the entries, of some bursts."""
-        scale, dtype = {"direct": (SMALL, "<u8"), "indirect": (1, "<u4"), "twice": (INDIRECTION.size, "<u8")}[
-            how
-        ]
+    def _bursts(self, region: dict[str, int], burst: int, how: str) -> Iterable[Any]:
+        """The offsets, or the entries, of bursts that repeat late."""
+        scale, dtype = {
+            "direct": (SMALL, "<u8"),
+            "indirect": (1, "<u4"),
+            "twice": (INDIRECTION.size, "<u8"),
+        }[how]
         count = region["size"] // SMALL if how == "direct" else ENTRIES
-        return [(self._random.integers(0, count, burst) * scale).astype(dtype) for _ in range(SETS)]
+        return (self._random.integers(0, count, DISTINCT) * scale).astype(dtype).reshape(-1, burst)
 
-    def send_small(self, count: int) -> None:
-        """That many small messages, on each connection in turn."""
-        data = bytes(SMALL)
-        connections = self._connections
-        begun = (connections[turn % len(connections)].begin_send(data) for turn in range(count))
-        _all(begun, 4 * WINDOW)
+    def send_small(self, batches: int) -> None:
+        """Batches of small messages, on each connection in turn; two batches are under way before one is answered."""
+        data, turns = bytes(SMALL), cycle(self._connections)
+        for batch in range(batches):
+            for operation in [next(turns).begin_send(data) for _ in range(BATCH)]:
+                operation.result(_LONG)
+            if batch:
+                self._connections[0].recv(_LONG)
+        self._connections[0].recv(_LONG)
 
-    def take_small(self, count: int) -> dict[str, float]:
-        """Until they have come; from the first to the last."""
-        connections, begin = self._connections, 0.0
-        for turn in range(count):
-            connections[turn % len(connections)].recv(_LONG)
+    def take_small(self, batches: int) -> dict[str, float]:
+        """Take them and answer; from the end of the first batch on."""
+        turns, begin = cycle(self._connections), 0.0
+        for _ in range(batches):
+            for _ in range(BATCH):
+                next(turns).recv(_LONG)
+            self._connections[0].send(b"taken")
             begin = begin or time.monotonic()
-        return {"operations": count - 1, "seconds": time.monotonic() - begin}
+        return {"operations": (batches - 1) * BATCH, "seconds": time.monotonic() - begin}
 
     # -- bulk -------------------------------------------------------------------------------------------------
 
     def send_large(self, count: int) -> None:
         """That many large messages, on each connection in turn."""
+        self._connections[0].send(b"begin")
         _all(islice(self._large(Connection.begin_send_from), count), max(WINDOW, len(self._connections)))
 
     def take_large(self, count: int) -> dict[str, float]:
-        """Until they have come; bytes, seconds, and the CPU seconds of the whole machine, from the first on."""
-        window = max(WINDOW, len(self._connections))
-        posted = self._large(Connection.begin_receive_into)
-        flying = deque(islice(posted, min(window, count)))
-        flying.popleft().result(_LONG)
+        """Until they have come; bytes, seconds, and the CPU seconds of the whole machine."""
+        self._connections[0].recv(_LONG)
         begin, before = time.monotonic(), busy()
-        for operation in islice(posted, count - 1 - len(flying)):
-            flying.append(operation)
-            flying.popleft().result(_LONG)
-        for operation in flying:
-            operation.result(_LONG)
-        return {
-            "bytes": (count - 1) * LARGE,
-            "seconds": time.monotonic() - begin,
-            "cpu": busy() - before,
-        }
+        window = max(WINDOW, len(self._connections))
+        _all(islice(self._large(Connection.begin_receive_into), count), window)
+        return {"bytes": count * LARGE, "seconds": time.monotonic() - begin, "cpu": busy() - before}
 
     def _large(self, begin: Callable[[Connection, Any], Operation]) -> Iterator[Operation]:
         """Without end. All connections share a few places: it is not the memory that is measured."""

@@ -23,6 +23,20 @@ from ..demo.stage import Stage
 PATIENCE: Final = 120.0
 _NAMES: Final = ("a", "b")
 
+_POLICY: Final = """
+version = 1
+[[allow]]
+who = "owner"
+service = "pony*"
+rights = ["connect", "send", "recv"]
+[[operator]]
+who = "owner"
+rights = ["operate", "inspect"]
+[quota]
+bytes = "1GiB"
+"""
+"""Room for the largest regions, and no modules but those that are asked for."""
+
 
 class App:
     """An application in a process of its own, `snap.cli.bench.pony_app`, which does what it is told."""
@@ -121,9 +135,7 @@ def _finish(child: subprocess.Popen[bytes]) -> None:
 def one_host() -> Iterator[Site]:
     """One kernel that knows no other host."""
     with Stage() as stage:
-        runtime = stage.folder / "run"
-        stage.start_kernel(runtime, environment={"SNAP_CONFIG_DIR": os.fspath(stage.folder)})
-        _ready(runtime)
+        runtime = _kernel(stage, stage.folder)
         yield Site(stage, (runtime, runtime))
 
 
@@ -161,18 +173,20 @@ def two_hosts(mtu: int) -> Iterator[Site]:
                 f'name = "{_NAMES[own]}"\nencryption = "off"\n'
                 f'[peers.{_NAMES[peer]}]\naddress = "{addresses[peer]}"\n'
             )
-            runtime = folder / "run"
-            stage.start_kernel(
-                runtime, netns=namespaces[own], environment={"SNAP_CONFIG_DIR": os.fspath(folder)}
-            )
-            _ready(runtime)
+            _kernel(stage, folder, namespaces[own])
         runtimes = (folders[0] / "run", folders[1] / "run")
         yield Site(stage, runtimes, namespaces, addresses[1], "b/", devices)
 
 
-def _ready(runtime: Path) -> None:
+def _kernel(stage: Stage, folder: Path, netns: str = "") -> Path:
+    """Start one that is configured in `folder`, with Pony: its runtime directory."""
+    policy, runtime = folder / "policy.toml", folder / "run"
+    policy.write_text(_POLICY)
+    environment = {"SNAP_CONFIG_DIR": os.fspath(folder)}
+    stage.start_kernel(runtime, "--policy", os.fspath(policy), netns=netns, environment=environment)
     with ControlClient(runtime) as operator:
         operator.call("module.start", name="pony", wait=True, timeout=PATIENCE)
+    return runtime
 
 
 def _remove(netns: str) -> None:

@@ -22,8 +22,15 @@ LARGE: Final = 1 << 20
 CONGESTION: Final = b"cubic"
 _LONG: Final = 60.0
 _SIOCETHTOOL: Final = 0x8946
-_SWITCHES: Final = {"tso": 0x1F, "gso": 0x24, "gro": 0x2C}
-"""Commands of ethtool that switch an offload."""
+_GET_STRINGS: Final = 0x1B
+_SET_FEATURES: Final = 0x3B
+_FEATURE_NAMES: Final = 4
+_NAME: Final = 32
+"""Commands, a set of strings, and the bytes of one, of <linux/ethtool.h>."""
+
+_OFFLOADS: Final = frozenset(
+    {"tx-tcp-segmentation", "tx-udp-segmentation", "tx-generic-segmentation", "rx-gro"}
+)
 _REQUEST: Final = struct.Struct("<II")
 _METHOD: Final = "/snap.bench/read"
 
@@ -182,11 +189,25 @@ class Rivals:
 
     def offload(self, device: str, on: bool) -> None:
         """Switch segmentation and coalescing of `device`, as `ethtool -K` does. Raises OSError."""
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            for command in _SWITCHES.values():
-                value = array.array("I", (command, int(on)))
-                request = struct.pack("16sP16x", device.encode(), value.buffer_info()[0])
-                fcntl.ioctl(sock, _SIOCETHTOOL, request)
+        names = struct.pack("III", _GET_STRINGS, _FEATURE_NAMES, 0) + bytes(256 * _NAME)
+        answer = _ethtool(device, names)
+        known, found = struct.unpack_from("I", answer, 8)[0], answer[12:]
+        count = -(-known // 32)
+        words = [0] * (2 * count)
+        for bit in range(known):
+            if found[bit * _NAME : (bit + 1) * _NAME].rstrip(b"\0").decode() in _OFFLOADS:
+                words[bit // 32 * 2] |= 1 << bit % 32
+                words[bit // 32 * 2 + 1] |= on << bit % 32
+        _ethtool(device, struct.pack(f"II{2 * count}I", _SET_FEATURES, count, *words))
+
+
+def _ethtool(device: str, request: bytes) -> bytes:
+    """What the system leaves in place of the request."""
+    buffer = array.array("B", request)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        order = struct.pack("16sP16x", device.encode(), buffer.buffer_info()[0])
+        fcntl.ioctl(sock, _SIOCETHTOOL, order)
+    return buffer.tobytes()
 
 
 def rpc_kinds() -> dict[str, str]:
