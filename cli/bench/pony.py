@@ -273,7 +273,7 @@ def _indirect(bench: Bench, site: Site) -> None:
         for _ in range(bench.rounds):
             for how, who in (("indirect", "indirect read"), ("twice", "two reads")):
                 found = _rate(site, near, region=region, burst=BURST, seconds=bench.seconds, how=how)
-                bench.results.add("indirection, bursts", who, **found)
+                bench.results.add("indirection, in bursts", who, **found)
                 found = _rate(site, near, region=region, burst=1, seconds=bench.seconds, how=how)
                 bench.results.add("indirection, one at a time", who, **found)
                 times = near.ask("read_trips", region=region, count=bench.trips, wait=SPIN, how=how)

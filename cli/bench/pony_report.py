@@ -74,7 +74,7 @@ def targets(results: Results) -> list[Target]:
                 "x",
                 True,
             )
-            for how in ("bursts", "one at a time")
+            for how in ("in bursts", "one at a time")
         ),
         Target(
             "indirect read's latency, p50, of two reads'",
@@ -218,14 +218,18 @@ def plot(results: Results, file: Path) -> None:
     for label in REGIONS:
         rates = [(burst, results.get(f"reads in {label}", f"bursts of {burst}", "rate")) for burst in BURSTS]
         known = [(burst, rate) for burst, rate in rates if rate]
+        if not known:
+            continue
         left.loglog([burst for burst, _ in known], [rate for _, rate in known], "o-", label=f"in {label}")
     left.set_xlabel("64 B reads in a burst")
     left.set_ylabel("million reads a second")
     left.grid(True, which="both", alpha=0.3)
     left.legend()
-    scenarios = list(
-        dict.fromkeys(each.scenario for each in results.figures if each.scenario.startswith("bulk"))
-    )
+    scenarios = [
+        scenario
+        for scenario in dict.fromkeys(each.scenario for each in results.figures)
+        if scenario.startswith("bulk") and "lost" not in scenario
+    ]
     for shift, who in ((-0.2, "Snap"), (0.2, "TCP")):
         values = [results.get(scenario, who, "goodput_per_core") or 0.0 for scenario in scenarios]
         right.barh([row + shift for row in range(len(scenarios))], values, 0.4, label=who)

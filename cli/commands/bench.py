@@ -85,7 +85,7 @@ def upgrade(settings: Settings, quick: bool, plot: Path | None, flips: int) -> N
 
 
 @bench.command()
-@click.option("--quick", is_flag=True, help="Fewer and shorter rounds: about a minute, rougher figures.")
+@click.option("--quick", is_flag=True, help="Fewer and shorter rounds: about two minutes, rougher figures.")
 @click.option(
     "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw a PNG there (needs matplotlib)."
 )
