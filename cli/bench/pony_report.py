@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from .pony import (
     REGIONS,
     STREAMS,
     UNITS,
+    Figure,
     Results,
     bulk_scenario,
 )
@@ -105,14 +107,17 @@ def targets(results: Results) -> list[Target]:
     return made
 
 
-def baseline(results: Results, scenario: str, who: str) -> tuple[str, float] | None:
-    """What `who` is compared with, and how many times as much it reached; None for who is compared with nobody."""
+def baseline(
+    results: Results, scenario: str, who: str, names: Sequence[str] = DECISIVE
+) -> tuple[str, float] | None:
+    """What `who` is compared with, and how many times as much it reached, of the first of the units `names` that both
+    have; None for who is compared with nobody."""
     there = [figure.who for figure in results.figures if figure.scenario == scenario]
     rivals = [f"TCP, {who.rpartition(', ')[2]}", *BASELINES]
     rival = next((rival for rival in rivals if rival in there), None)
     if rival is None or rival == who:
         return None
-    for name in DECISIVE:
+    for name in names:
         own, other = results.get(scenario, who, name), results.get(scenario, rival, name)
         if own is not None and other:
             return rival, own / other
@@ -132,8 +137,9 @@ def document(results: Results) -> dict[str, Any]:
     }
 
 
-def _against(results: Results, figure: Any) -> dict[str, Any] | None:
-    found = baseline(results, figure.scenario, figure.who)
+def _against(results: Results, figure: Figure) -> dict[str, Any] | None:
+    names = [name for name, unit in UNITS.items() if unit == figure.unit]
+    found = baseline(results, figure.scenario, figure.who, names)
     return None if found is None else {"who": found[0], "ratio": found[1]}
 
 
