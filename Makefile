@@ -16,7 +16,7 @@ export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-rust torture lint bench bench-upgrade wheel install clean FORCE
+.PHONY: help demo test test-python test-rust torture lint bench bench-upgrade bench-pony wheel install clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ bench: $(VENV)/installed-bench ## Snap beside a Unix socket, ZeroMQ, Pipe and ic
 
 bench-upgrade: $(VENV)/installed-bench ## upgrades under load, against stop and restore (ARGS="--quick --plot upgrade.png")
 	@$(BIN)/snapctl bench upgrade $(ARGS)
+
+bench-pony: $(VENV)/installed-bench ## Pony Express beside TCP, on one host and between two (ARGS="--quick --plot pony.png")
+	@$(BIN)/snapctl bench pony $(ARGS)
 
 wheel: $(VENV)/ready $(VENV)/sources ## dist/*.whl
 	rm -rf build

@@ -15,6 +15,7 @@ ROUNDS: Final = 5
 QUICK_ROUNDS: Final = 3
 QUICK_SCALE: Final = 0.2
 SCENARIOS: Final = ("round trip", "single", "burst", "packed", "copied", "filled", "loaned", "idle")
+PONY: Final = ("reads", "trips", "indirect", "bulk", "connections", "hosts", "loss")
 
 
 @click.group(invoke_without_command=True)
@@ -35,7 +36,8 @@ def bench(context: click.Context, quick: bool, rounds: int | None, only: tuple[s
 
     Two processes on two processors; everybody in turn in each round; medians over the rounds. Needs no kernel. The
     figures are of this machine at this moment: quote the ratios. Scenarios: round trip, single, burst, packed (64 B),
-    copied, filled, loaned (1 MiB), idle. `snapctl bench upgrade` measures upgrades instead.
+    copied, filled, loaned (1 MiB), idle. `snapctl bench upgrade` and `snapctl bench
+    pony` measure these instead.
     """
     if context.invoked_subcommand is not None:
         return
@@ -78,6 +80,45 @@ def upgrade(settings: Settings, quick: bool, plot: Path | None, flips: int) -> N
         report.plot(results, plot)
     if settings.output == "json":
         print_json("UpgradeBenchmark", report.document(results))
+    else:
+        report.draw(results)
+
+
+@bench.command()
+@click.option("--quick", is_flag=True, help="Fewer and shorter rounds: about two minutes, rougher figures.")
+@click.option(
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw a PNG there (needs matplotlib)."
+)
+@click.option(
+    "--markdown",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Put the targets into this file, between its markers.",
+)
+@click.option(
+    "--only", type=click.Choice(PONY), multiple=True, metavar="PART", help="Only this; may be repeated."
+)
+@click.pass_obj
+def pony(
+    settings: Settings, quick: bool, plot: Path | None, markdown: Path | None, only: tuple[str, ...]
+) -> None:
+    """One-sided operations, messages and bulk of Pony Express, on one host and between two, beside TCP.
+
+    Starts kernels of its own; the two hosts are network namespaces, which need root. Parts: reads, trips, indirect,
+    bulk, connections, hosts, loss. About ten minutes.
+    """
+    from ..bench import pony as measuring
+    from ..bench import pony_report as report
+    from ..output import print_json
+
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise click.UsageError("--plot needs matplotlib: pip install matplotlib")
+    results = measuring.measure(quick, _progress, frozenset(only))
+    if plot is not None:
+        report.plot(results, plot)
+    if markdown is not None:
+        report.markdown(results, markdown)
+    if settings.output == "json":
+        print_json("PonyBenchmark", report.document(results))
     else:
         report.draw(results)
 

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, Final, Self
 
@@ -80,24 +81,29 @@ class Stage:
         out: IO[bytes] | int | None = None,
         err: IO[bytes] | int | None = None,
         pass_fds: tuple[int, ...] = (),
-        **environment: str,
+        netns: str = "",
+        environment: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Run `python -m module`, out of Ctrl-C's reach, until the stage ends."""
+        """Run `python -m module`, out of Ctrl-C's reach, until the stage ends; in the network namespace `netns`, if
+        any, and with that `environment` beside ours."""
         self._held = True
+        inside = ("ip", "netns", "exec", netns) if netns else ()
         child = subprocess.Popen(
-            [*PYTHON, module, *(os.fspath(argument) for argument in arguments)],
+            [*inside, *PYTHON, module, *(os.fspath(argument) for argument in arguments)],
             stdin=stdin,
             stdout=out,
             stderr=err,
             pass_fds=pass_fds,
-            env={**os.environ, **environment},
+            env={**os.environ, **(environment or {})},
             start_new_session=True,
         )
         self._children.append(child)
         self._release()
         return child
 
-    def start_kernel(self, runtime_dir: Path, *options: str) -> None:
+    def start_kernel(
+        self, runtime_dir: Path, *options: str, netns: str = "", environment: Mapping[str, str] | None = None
+    ) -> None:
         """Run a kernel until the stage ends, and wait until it serves. Raises UnreachableError when it does not."""
         runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._kernels.append(runtime_dir)
@@ -108,8 +114,13 @@ class Stage:
         notices.bind(os.fspath(ready))
         with log.open("ab") as out:
             arguments = ("--runtime-dir", os.fspath(runtime_dir), *options)
-            child = self.start("snap.kernel", *arguments, out=out, err=out, NOTIFY_SOCKET=os.fspath(ready))
+            told = {**(environment or {}), "NOTIFY_SOCKET": os.fspath(ready)}
+            child = self.start("snap.kernel", *arguments, out=out, err=out, netns=netns, environment=told)
         _await_ready(child, notices, log)
+
+    def at_end(self, call: Callable[..., object], *arguments: object) -> None:
+        """Have it called when all processes are gone, the last one asked for first."""
+        self._exits.callback(call, *arguments)
 
     def _end_orphans(self) -> None:
         """What a killed kernel left: by the order of the kernel that took its place, by SIGTERM, by force."""
