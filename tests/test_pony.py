@@ -313,6 +313,14 @@ def test_the_engine_itself_echoes(pair: Pair) -> None:
         assert echo.recv(5).data == b"e" * size
     assert echo.read(0, 0, 64) == bytes(64)
     assert echo.begin_send_from(pair.near.place(1000)).result(5) == 1000
+    own = pair.near.place(6400)
+    own.array()[:] = 1
+    assert echo.begin_read_into(0, 0, own).result(5) == own.size
+    assert not own.array().any()
+    own.array()[:] = 1
+    assert echo.begin_reads(0, np.arange(100) * 64, 64, own).result(5) == 100
+    assert not own.array().any()
+    assert echo.begin_writes(0, np.arange(100) * 64, 64, own).result(5) == 100
     echo.close()
     pair.out.send_datagram(b"may be lost")
     assert pair.back.recv_datagram(5) == b"may be lost"

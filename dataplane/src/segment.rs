@@ -223,6 +223,13 @@ impl Mapping {
         unsafe { ptr::copy(self.base.as_ptr().add(from), self.base.as_ptr().add(to), len) }
     }
 
+    /// Panics on a range that the caller did not check.
+    pub fn fill_zero(&self, offset: usize, len: usize) {
+        assert!(offset <= self.len && len <= self.len - offset);
+        // SAFETY: the range is in bounds.
+        unsafe { ptr::write_bytes(self.base.as_ptr().add(offset), 0, len) }
+    }
+
     /// Say that the byte at `offset` will be read soon.
     #[inline]
     pub fn prefetch(&self, offset: usize) {

@@ -348,13 +348,17 @@ impl Desk {
 
     // -- one-sided operations -------------------------------------------------------------------------------
 
-    /// A read of memory that has no owner: as many zeros.
-    fn access_echo(single: &Single<'_>, reply: &mut Vec<u8>) -> Outcome {
+    /// An operation on the memory of the engine's own echo, which is all zeros: how many bytes it brings.
+    fn access_echo(&self, channel: u64, single: &Single<'_>, reply: &mut Vec<u8>) -> Outcome {
         let len = single.access.brings();
-        if single.into != INLINE || len > (INLINE_MAX - ANSWER) as u64 {
+        if single.into != INLINE {
+            let (own, range) = self.space.range(channel, Piece { offset: single.into, len })?;
+            own.arena().ok_or(Status::OutOfRange)?.fill_zero(range.start, range.len());
+        } else if len > (INLINE_MAX - ANSWER) as u64 {
             return Err(Status::TooLong);
+        } else {
+            reply.resize(ANSWER + len as usize, 0);
         }
-        reply.resize(ANSWER + len as usize, 0);
         Ok(Some(len))
     }
 
@@ -368,7 +372,7 @@ impl Desk {
     ) -> Outcome {
         let (number, peer) = self.peer(channel, head.connection)?;
         if peer.channel == ECHO {
-            return Self::access_echo(single, reply);
+            return self.access_echo(channel, single, reply);
         }
         let seen = self.space.seen(peer.channel, number);
         let place = seen.find(single.region)?;
@@ -424,13 +428,19 @@ impl Desk {
         width: usize,
     ) -> std::result::Result<(usize, Status), Status> {
         let (number, peer) = self.peer(channel, head.connection)?;
-        let seen = self.space.seen(peer.channel, number);
-        let place = seen.find(burst.region)?;
         let piece = Piece { offset: burst.into, len: u64::from(burst.size) * u64::from(burst.count) };
         let numbers = Piece { offset: burst.numbers, len: u64::from(burst.count) * width as u64 };
         let (own, numbers) = self.space.range(channel, numbers)?;
         let numbers = Numbers { memory: own.arena().ok_or(Status::OutOfRange)?, at: numbers.start, width };
         let (own, range) = self.space.range(channel, piece)?;
+        if peer.channel == ECHO {
+            if each != Each::Write {
+                own.arena().ok_or(Status::OutOfRange)?.fill_zero(range.start, range.len());
+            }
+            return Ok((burst.count as usize, Status::Ok));
+        }
+        let seen = self.space.seen(peer.channel, number);
+        let place = seen.find(burst.region)?;
         Ok(memory::burst(each, place, &seen, &numbers, (own, range.start), burst.size, burst.count as usize))
     }
 }

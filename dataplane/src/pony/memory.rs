@@ -211,6 +211,7 @@ pub fn burst(
     let Some(own) = core.arena() else { return (0, Status::OutOfRange) };
     let mut words = [0; AHEAD];
     let mut from = [0; AHEAD];
+    let mut last = None;
     for first in (0..count).step_by(AHEAD) {
         let words = &mut words[..AHEAD.min(count - first)];
         numbers.take(first, words);
@@ -219,7 +220,7 @@ pub fn burst(
         let mut targets = [place.arena; AHEAD];
         let mut lengths = [size as usize; AHEAD];
         for (i, number) in words.iter().enumerate() {
-            match locate(each, place, regions, *number, size) {
+            match locate(each, place, regions, *number, size, &mut last) {
                 Ok((arena, start, len)) => {
                     arena.prefetch(start);
                     (targets[i], from[i], lengths[i]) = (arena, start, len);
@@ -264,6 +265,7 @@ pub fn collect(
 ) -> (usize, Status) {
     let width = if each == Each::Indirect { 4 } else { 8 };
     let want = part.want as usize;
+    let mut last = None;
     let mut done = 0;
     for ahead in numbers.chunks(AHEAD * width) {
         let mut found = [(place.arena, 0, 0); AHEAD];
@@ -274,8 +276,8 @@ pub fn collect(
             word[..width].copy_from_slice(number);
             let number = u64::from_le_bytes(word);
             let located = match each {
-                Each::Indirect => locate(each, place, regions, number, part.cap),
-                _ => locate(each, place, regions, number.saturating_add(u64::from(part.skip)), part.want),
+                Each::Indirect => locate(each, place, regions, number, part.cap, &mut last),
+                _ => locate(each, place, regions, number.saturating_add(u64::from(part.skip)), part.want, &mut last),
             };
             match located {
                 Ok((arena, start, len)) => {
@@ -303,6 +305,7 @@ pub fn collect(
     (done, Status::Ok)
 }
 
+/// The bytes that one operation of a burst is about. `last`: the region that was pointed to before, most likely the same.
 #[inline]
 fn locate<'a, R: Regions>(
     each: Each,
@@ -310,6 +313,7 @@ fn locate<'a, R: Regions>(
     regions: &'a R,
     number: u64,
     size: u32,
+    last: &mut Option<(Handle, Place<'a>)>,
 ) -> Result<(&'a Mapping, usize, usize), Status> {
     match each {
         Each::Read => Ok((place.arena, place.range(READ, number, u64::from(size))?, size as usize)),
@@ -317,7 +321,11 @@ fn locate<'a, R: Regions>(
         Each::Indirect => {
             let at = number.checked_mul(INDIRECTION as u64).ok_or(Status::OutOfRange)?;
             let (handle, piece) = place.indirection(at)?;
-            let target = regions.find(handle)?;
+            let target = match *last {
+                Some((known, target)) if known == handle => target,
+                _ => regions.find(handle)?,
+            };
+            *last = Some((handle, target));
             let len = piece.len.min(u64::from(size));
             Ok((target.arena, target.range(READ, piece.offset, len)?, len as usize))
         }
