@@ -14,9 +14,15 @@ from typing import Any
 
 import pytest
 
+from snap.cli.bench.pony_hosts import two_ports
+from snap.cli.demo import between
+from snap.cli.demo.plan import scan
+from snap.cli.demo.verify import differences
 from snap.ipc import paths
 
-COMMAND = [sys.executable, "-P", "-m", "snap.cli", "demo"]
+COMMAND = [sys.executable, "-P", "-m", "snap.cli", "demo", "--only", "relay"]
+HOSTS = [*COMMAND[:-1], "hosts"]
+ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
 
 
 @pytest.fixture
@@ -33,10 +39,10 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
-def start(scratch: Path, *arguments: object) -> subprocess.Popen[str]:
+def start(scratch: Path, *arguments: object, command: list[str] = COMMAND) -> subprocess.Popen[str]:
     scratch.mkdir()
     return subprocess.Popen(
-        [*COMMAND, *map(os.fspath, map(str, arguments))],
+        [*command, *map(os.fspath, map(str, arguments))],
         env={**os.environ, "TMPDIR": os.fspath(scratch)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -179,3 +185,59 @@ def test_events_that_cannot_be_are_wrong_usage(tmp_path: Path) -> None:
     code, out, err = run(tmp_path / "tmp", "--events", "rollback")
     assert (code, out) == (2, "")
     assert "nothing to roll back to" in err
+
+
+# -- between hosts ----------------------------------------------------------------------------------------------
+
+
+def namespaces() -> set[str]:
+    found = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    return {line.split()[0] for line in found.splitlines()}
+
+
+@ROOT
+@pytest.mark.netns
+def test_a_tree_arrives_whole_at_another_host_whatever_happens_to_the_engines(
+    tree: Path, tmp_path: Path
+) -> None:
+    before = namespaces()
+    child = start(tmp_path / "tmp", "--path", tree, "-o", "json", command=HOSTS)
+    out, err = child.communicate(timeout=100)
+    assert child.returncode == 0, err
+    seen = json.loads(out)["hosts"]
+    assert (seen["namespaces"], seen["verified"], seen["lost"], seen["duplicated"]) == (True, 61, 0, 0)
+    assert [one["event"] for one in seen["events"]] == ["upgrade sender", "upgrade receiver", "kill receiver"]
+    assert all(one["bytes_per_second"] > 0 and one["gap_ns"] > 0 for one in (seen["quiet"], *seen["events"]))
+    assert [one["who"] for one in seen["goodput"]] == ["Snap", "TCP"]
+    assert namespaces() == before
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_without_namespaces_the_hosts_are_two_ports(tree: Path, tmp_path: Path) -> None:
+    plan = scan(tree)
+    written = tmp_path / "written"
+    written.mkdir()
+    with two_ports() as site:
+        copied = between.copy(site, plan, written, lambda _: None)
+    assert (copied.seen["lost"], copied.seen["duplicated"], copied.seen["frames"]) == (0, 0, copied.frames)
+    assert copied.seen["digest"] == copied.digest
+    assert differences(plan, written, lambda _: None) == []
+
+
+@ROOT
+@pytest.mark.netns
+@pytest.mark.parametrize("moment", ["two hosts", "upgrade sender", "kill receiver"])
+def test_an_interrupted_copy_leaves_neither_host_nor_file(moment: str, tree: Path, tmp_path: Path) -> None:
+    before = namespaces()
+    scratch = tmp_path / "tmp"
+    child = start(scratch, "--path", tree, command=HOSTS)
+    assert child.stderr is not None
+    for line in child.stderr:
+        if line.startswith(moment):
+            break
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert "Traceback" not in err
+    assert namespaces() == before
+    assert list(scratch.iterdir()) == []

@@ -20,7 +20,8 @@ ALLOWED = {
     "cli": {"ipc"},
 }
 # What operates one shipped module is a program that uses what this module has for applications.
-OF_A_MODULE = {"cli/commands/pony.py": "snap.modules.pony", "cli/pony": "snap.modules.pony"}
+PONY = "snap.modules.pony"
+OF_A_MODULE = {"cli/commands/pony.py": PONY, "cli/pony": PONY, "cli/bench": PONY, "cli/demo": PONY}
 HEAVY = ["zmq", "numpy", "posix_ipc", "msgspec", "asyncio", "click", "rich", "structlog"]
 
 

@@ -335,6 +335,21 @@ def _goodput(bench: Bench, apps: tuple[App, App], who: str, count: int, idle: fl
     return rate
 
 
+def bulk_once(site: Site, seconds: float = 1.0) -> list[tuple[str, float, float]]:
+    """One stream of large messages for about `seconds` each: who, Gbit/s, Gbit per core-second."""
+    bench = Bench(Results(), lambda _: None, 1, seconds, 0, quick=True)
+    idle, rows = idle_share(0.5), []
+    with site.apps(0, 0) as apps:
+        _meet(site, apps, "bulk")
+        _meet_tcp(site, apps)
+        for who in SENDERS:
+            rate = _goodput(bench, apps, who, 64, idle, "")
+            _goodput(bench, apps, who, max(64, int(rate * seconds)), idle, "bulk")
+            found = [bench.results.get("bulk", who, name) for name in ("goodput", "goodput_per_core")]
+            rows.append((who, found[0] or 0.0, found[1] or 0.0))
+    return rows
+
+
 def bulk_scenario(link: str, streams: int, on: bool | None = None) -> str:
     offloads = {True: ", offloads on", False: ", offloads off", None: ""}[on]
     return f"bulk, {link}{offloads}, {streams} stream{'s' if streams > 1 else ''}"

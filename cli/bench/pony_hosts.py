@@ -6,9 +6,10 @@ import json
 import os
 import select
 import shutil
+import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,19 +164,41 @@ def two_hosts(mtu: int) -> Iterator[Site]:
             run("ip", "-n", netns, "addr", "add", f"{address}/24", "dev", device)
             run("ip", "-n", netns, "link", "set", device, "mtu", str(mtu), "up")
             run("ip", "-n", netns, "link", "set", "lo", "up")
-        folders = [stage.folder / name for name in _NAMES]
-        certificates = [identity.make(folder, name) for folder, name in zip(folders, _NAMES, strict=True)]
-        for own in (0, 1):
-            peer, folder = 1 - own, folders[own]
-            (folder / identity.PEERS).mkdir()
-            shutil.copy(certificates[peer].certificate, folder / identity.PEERS / f"{_NAMES[peer]}.pem")
-            (folder / "pony.toml").write_text(
-                f'name = "{_NAMES[own]}"\nencryption = "off"\n'
-                f'[peers.{_NAMES[peer]}]\naddress = "{addresses[peer]}"\n'
-            )
-            _kernel(stage, folder, namespaces[own])
-        runtimes = (folders[0] / "run", folders[1] / "run")
+        runtimes = _pair(stage, namespaces, [("", address) for address in addresses])
         yield Site(stage, runtimes, namespaces, addresses[1], "b/", devices)
+
+
+@contextmanager
+def two_ports() -> Iterator[Site]:
+    """Two kernels on different ports of the loopback device, which needs no root."""
+    ports = [_free_port(), _free_port()]
+    listen = [f'listen = "127.0.0.1"\ntcp_port = {port}\nudp_port = {port}\n' for port in ports]
+    with Stage() as stage:
+        where = [(lines, f"127.0.0.1:{port}") for lines, port in zip(listen, ports, strict=True)]
+        yield Site(stage, _pair(stage, ("", ""), where), prefix="b/")
+
+
+def _free_port() -> int:
+    with socket.socket() as tcp:
+        tcp.bind(("127.0.0.1", 0))
+        port: int = tcp.getsockname()[1]
+        return port
+
+
+def _pair(stage: Stage, namespaces: tuple[str, str], where: Sequence[tuple[str, str]]) -> tuple[Path, Path]:
+    """Two kernels that know each other; `where`: more lines of the configuration, and the address for the other."""
+    folders = [stage.folder / name for name in _NAMES]
+    certificates = [identity.make(folder, name) for folder, name in zip(folders, _NAMES, strict=True)]
+    for own in (0, 1):
+        peer, folder = 1 - own, folders[own]
+        (folder / identity.PEERS).mkdir()
+        shutil.copy(certificates[peer].certificate, folder / identity.PEERS / f"{_NAMES[peer]}.pem")
+        (folder / "pony.toml").write_text(
+            f'name = "{_NAMES[own]}"\nencryption = "off"\n{where[own][0]}'
+            f'[peers.{_NAMES[peer]}]\naddress = "{where[peer][1]}"\n'
+        )
+        _kernel(stage, folder, namespaces[own])
+    return folders[0] / "run", folders[1] / "run"
 
 
 def _kernel(stage: Stage, folder: Path, netns: str = "") -> Path:

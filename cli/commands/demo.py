@@ -17,6 +17,7 @@ from ._base import Settings, say
 if TYPE_CHECKING:
     from snap.ipc import Client
 
+    from ..demo.between import Copy
     from ..demo.plan import Plan
     from ..demo.roundtrip import Percentiles
     from ..demo.script import Happened
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ..demo.stage import Stage
 
 MODULES: Final = ("relay", "echo")
+PARTS: Final = ("relay", "hosts")
 EVENTS: Final = ("upgrade", "kill", "kernel", "rollback")
 IN_WORDS: Final = {
     "": "nothing",
@@ -100,38 +102,74 @@ def parse_events(text: str) -> list[str]:
     metavar="LIST",
     help="What happens meanwhile, in this order; `none`: nothing.",
 )
+@click.option(
+    "--only",
+    type=click.Choice(PARTS),
+    help="Only the part through one module, or only the one between two hosts.",
+)
 @click.option("--keep", is_flag=True, help="Keep the temporary folder: logs, and the tree as written.")
 @click.make_pass_decorator(Settings, ensure=True)
-def demo(settings: Settings, path: Path | None, events: list[str], keep: bool) -> None:
+def demo(settings: Settings, path: Path | None, events: list[str], only: str | None, keep: bool) -> None:
     """Send a directory tree through a module that is upgraded, killed, loses its kernel and is rolled back meanwhile.
 
     Starts a kernel of its own in a temporary folder; needs no root and leaves nothing behind. The tree goes from this
     process through the engine of the module `relay` to a second process, which writes it out: again and again until
     all has happened. Neither of the two does anything about it, and nothing is sent twice. Ends with two tables: what
     arrived, with the longest time without a delivery around each event, and round trips beside a Unix socket and
-    ZeroMQ, measured in the same run. Exits with 1 when a chunk was lost, came twice, or a checksum differs.
+    ZeroMQ, measured in the same run.
+
+    Then the tree goes between two kernels, in network namespaces of their own (without root: on two ports), by Pony
+    Express, while the engines of both are upgraded and one is killed; with its goodput beside TCP. Exits with 1 when
+    a chunk was lost, came twice, or a checksum differs.
     """
     from ..demo.stage import Stage
+    from ..output import print_json
+    from . import _between
 
-    with Stage(keep) as stage:
-        if keep:
-            say(f"keeping {stage.folder}")
-        result, trips = _run(settings, stage, path, events)
-    _show(settings.output, result, trips)
+    tree = _scan(path)
+    parts: dict[str, object] = {}
+    digests = []
+    if only != "hosts":
+        with Stage(keep) as stage:
+            if keep:
+                say(f"keeping {stage.folder}")
+            result, trips = _run(settings, stage, tree, events)
+        parts |= {**asdict(result), "round_trips": [trip._asdict() for trip in trips]}
+        digests.append(result.stream_sha256)
+        if settings.output not in ("json", "name"):
+            _show(result, trips)
+    if only != "relay":
+        found = _between.run(tree)
+        parts["hosts"] = asdict(found)
+        digests.append(found.stream_sha256)
+        if settings.output not in ("json", "name"):
+            _between.show(found)
+    if settings.output == "json":
+        print_json("Demo", parts)
+    elif settings.output == "name":
+        click.echo("\n".join(digests))
+
+
+def _scan(path: Path | None) -> Plan:
+    """Raises UsageError."""
+    from snap.ipc import UsageError
+
+    from ..demo import plan
+
+    try:
+        return plan.scan(path or plan.standard_library(), frozenset() if path else plan.NOT_STANDARD)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", "give another --path") from error
 
 
 def _run(
-    settings: Settings, stage: Stage, path: Path | None, events: Sequence[str]
+    settings: Settings, stage: Stage, tree: Plan, events: Sequence[str]
 ) -> tuple[Result, list[Percentiles]]:
-    from snap.ipc import UsageError, connect
+    from snap.ipc import connect
     from snap.ipc.control import ControlClient
 
-    from ..demo import plan, roundtrip
+    from ..demo import roundtrip
 
-    try:
-        tree = plan.scan(path or plan.standard_library(), frozenset() if path else plan.NOT_STANDARD)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", "give another --path") from error
     runtime_dir = settings.runtime_dir or stage.folder / "run"
     with ExitStack() as stack:
         stage.start_kernel(runtime_dir, "--respawn")
@@ -178,7 +216,7 @@ def _transfer(stage: Stage, client: Client, tree: Plan, runtime_dir: Path, event
         play.check()
     with _verifying(len(tree.files)) as on_progress:
         wrong = verify.differences(tree, written, on_progress)
-    _demand_equal(sender, seen, wrong)
+    demand_equal(sender, seen, wrong)
     quiet, events_seen = stretches(seen["periods"], play.happened)
     return Result(
         path=plan.shown(tree.root),
@@ -215,7 +253,7 @@ def stretches(periods: list[dict[str, Any]], happened: Sequence[Happened]) -> tu
     ]
 
 
-def _demand_equal(sender: Sender, seen: dict[str, Any], wrong: list[str]) -> None:
+def demand_equal(sender: Sender | Copy, seen: dict[str, Any], wrong: list[str]) -> None:
     """Raises SnapError unless every frame arrived once, in order, and as it was sent."""
     from snap.ipc import SnapError
 
@@ -278,17 +316,11 @@ def _verifying(total: int) -> Iterator[Callable[[int], None]]:
         yield update
 
 
-def _show(output: str, result: Result, trips: list[Percentiles]) -> None:
-    from ..output import plain, print_json, print_table, size, span
+def _show(result: Result, trips: list[Percentiles]) -> None:
+    from ..output import plain, print_table, size, span
 
     for line in result.unreadable[:SHOWN]:
         say(f"not sent: {plain(line)}")
-    if output == "json":
-        print_json("Demo", {**asdict(result), "round_trips": [trip._asdict() for trip in trips]})
-        return
-    if output == "name":
-        click.echo(result.stream_sha256)
-        return
 
     def rate(count: float) -> str:
         return f"{size(round(count))}/s"

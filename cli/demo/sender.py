@@ -7,7 +7,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from snap import ipc
 
@@ -20,6 +20,16 @@ STALL_SECONDS = 60.0
 T = TypeVar("T")
 
 
+class Way(Protocol):
+    """Where frames go: a channel, or what is like one."""
+
+    def loan(self, size: int, timeout: float) -> Any:
+        """Raises DeadlineError."""
+
+    def send_loan(self, loan: Any, *, timeout: float) -> None:
+        """Raises DeadlineError."""
+
+
 class Sender:
     """Sends the plan over `channel`, again and again while `more()`, at least once; then a frame that says END.
 
@@ -27,7 +37,7 @@ class Sender:
     """
 
     def __init__(
-        self, channel: ipc.Channel, plan: Plan, more: Callable[[], bool], on_wait: Callable[[], None]
+        self, channel: Way, plan: Plan, more: Callable[[], bool], on_wait: Callable[[], None]
     ) -> None:
         self._channel = channel
         self._plan = plan

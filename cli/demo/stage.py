@@ -54,7 +54,12 @@ class Stage:
         _adopt_orphans(True)
         # Short, for the paths of Unix sockets are.
         self.folder = Path(tempfile.mkdtemp(prefix="snap-demo-"))
-        self._release()
+        try:
+            self._release()
+        except KeyboardInterrupt:
+            # Without an entrance there is no exit either.
+            self.__exit__(KeyboardInterrupt)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -208,9 +213,11 @@ def _await_ready(child: subprocess.Popen[bytes], notices: socket.socket, log: Pa
 class Writer:
     """The second process."""
 
-    def __init__(self, stage: Stage, runtime_dir: Path, root: Path) -> None:
+    def __init__(self, stage: Stage, runtime_dir: Path, root: Path, way: str = "relay") -> None:
         pipe = subprocess.PIPE
-        self._child = stage.start("snap.cli.demo.writer", runtime_dir, root, stdin=pipe, out=pipe, err=pipe)
+        self._child = stage.start(
+            "snap.cli.demo.writer", runtime_dir, root, way, stdin=pipe, out=pipe, err=pipe
+        )
 
     def mark(self, name: str) -> None:
         """From now on it is `name` that happens. From any thread; a writer that has ended is not told."""

@@ -1,4 +1,5 @@
-"""The second process: writes what the relay delivers. Run as `python -m snap.cli.demo.writer RUNTIME_DIR FOLDER`.
+"""The second process: writes what the relay delivers. Run as `python -m snap.cli.demo.writer RUNTIME_DIR FOLDER`; with
+`pony` behind it, what comes over Pony Express.
 
 Lines on standard input say what happens from when on: nanoseconds and a name. Ends with the frame that says END; the
 last line on standard output is a JSON object of what it saw. Input that closes before that is a sender that died.
@@ -12,17 +13,22 @@ import os
 import select
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
 from snap import ipc
+from snap.modules.pony import Pony
 
 from .frames import END, FIRST, LAST, POOL_BYTES, Frame, parse
 from .gaps import Timeline
+from .pipe import ARENA_BYTES, NAME, Inlet
 
 IDLE_SECONDS = 0.1
 ORPHAN_SECONDS = 5.0
+CONNECT_SECONDS = 30.0
 STDIN = 0
 
 
@@ -92,7 +98,7 @@ class Marks:
 class Writer:
     """Feeds an `Assembler` from the service `relay-out`. The channel is opened once: whatever happens, it lasts."""
 
-    def __init__(self, channel: ipc.Channel, assembler: Assembler, timeline: Timeline) -> None:
+    def __init__(self, channel: ipc.Channel | Inlet, assembler: Assembler, timeline: Timeline) -> None:
         self._channel = channel
         self._assembler = assembler
         self._timeline = timeline
@@ -131,13 +137,22 @@ class Writer:
         return True
 
 
-def main(runtime_dir: str, root: str) -> None:
+@contextmanager
+def source(client: ipc.Client, way: str) -> Iterator[ipc.Channel | Inlet]:
+    if way == "relay":
+        with client.open("relay-out", down_bytes=POOL_BYTES) as channel:
+            yield channel
+        return
+    with Pony.open(client, ARENA_BYTES) as pony:
+        pony.bind(NAME)
+        with pony.accept(CONNECT_SECONDS) as connection:
+            yield Inlet(pony, connection)
+
+
+def main(runtime_dir: str, root: str, way: str = "relay") -> None:
     assembler = Assembler(Path(root))
     timeline = Timeline()
-    with (
-        ipc.connect(runtime_dir=runtime_dir) as client,
-        client.open("relay-out", down_bytes=POOL_BYTES) as channel,
-    ):
+    with ipc.connect(runtime_dir=runtime_dir) as client, source(client, way) as channel:
         writer = Writer(channel, assembler, timeline)
         writer.run()
     assembler.close()
