@@ -78,7 +78,11 @@ def test_every_kind_of_leak_fails_its_test_and_only_that(tmp_path: Path) -> None
     (tmp_path / "conftest.py").write_text(impatient)
     (tmp_path / "test_planted.py").write_text(PLANTED)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    environment = {"PATH": "/usr/bin:/bin", "SNAP_RUNTIME_DIR": str(tmp_path / "run")}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": str(CONFTEST.parent.parent),
+        "SNAP_RUNTIME_DIR": str(tmp_path / "run"),
+    }
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", tmp_path],
         env=environment,

@@ -65,19 +65,21 @@ def play(plan: list[events.Event], seed: int, given: argparse.Namespace, directo
     until = begin + (given.seconds or 6 * len(plan) + 120)
     world = World(directory, seed, given.standby)
     driver = Driver(world, given.clients, say)
+    finished = False
     try:
         driver.play(plan, until)
+        finished = True
     except Violation as violation:
         say(f"VIOLATION: {violation}")
         say(f"seed {seed}: repeat with `python -m tests.torture --seed {seed} --events {given.events}`")
+        finished = True
         return VIOLATED
-    except SystemExit:
-        world.end_all()
-        if not given.keep:
-            guard.remove(directory)
-        raise
     finally:
-        world.end_all()
+        try:
+            world.end_all()
+        finally:
+            if not finished and not given.keep:
+                guard.remove(directory)
     say(f"seed {seed}: {len(driver.result.happened)} events in {time.monotonic() - begin:.0f} s")
     say(report.table(driver.result))
     return 0

@@ -304,7 +304,8 @@ class World:
             if client.process.poll() is not None:
                 self._accuse(client)
         if self._kernel is not None and self._kernel.poll() is not None and not self.processes():
-            raise Violation(self.diagnosis(f"the kernel has ended, with {self._kernel.returncode}"))
+            # Children that just lost their parent are nobody's for a moment.
+            return f"the kernel has ended, with {self._kernel.returncode}", None
         try:
             view: dict[str, Any] = self.call("module.show", name=versions.MODULE)
         except SnapError as error:
