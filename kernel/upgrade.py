@@ -15,6 +15,7 @@ from typing import Any, Final
 OLD: Final = "old"
 NEW: Final = "new"
 BACK: Final = "back"
+NOBODY: Final = ""
 
 BROWNOUT: Final = "brownout"
 BLACKOUT: Final = "blackout"
@@ -344,6 +345,9 @@ class Upgrade:
             return [*kill, *self._finish(ABORTED, reason)]
         if self.migrates or OLD not in self.alive:
             return self._come_back()
+        if self.phase == BLACKOUT:
+            # OLD was told to let it go, and may have done so: only who takes it says whose it is.
+            self.holder[next(engine for engine, who in self.holder.items() if who != NEW)] = NOBODY
         self.phase = RETURN
         return [Phase(RETURN, reason), *self._return()]
 

@@ -342,6 +342,21 @@ def test_whatever_happens_it_ends_with_somebody_serving_or_with_supervision(
     world.check()
 
 
+def test_an_engine_that_was_let_go_when_the_new_version_died_is_waited_for() -> None:
+    world = World(rollback=False)
+    world.get_ready(NEW)
+    world.answer()
+    world.holder["a"] = NEW
+    world.do(world.machine.handle_took(NEW, "a"))
+    assert world.holder == {"a": NEW, "b": None, "c": OLD}
+    world.die(NEW)
+    rng = random.Random(0)
+    while world.take(rng):
+        pass
+    assert (world.outcome, world.serving) == (upgrade.ROLLED_BACK, OLD)
+    assert set(world.holder.values()) == {OLD}
+
+
 def test_a_kernel_that_dies_in_the_brownout_ends_the_upgrade_with_it() -> None:
     world = World()
     world.get_ready(NEW)
