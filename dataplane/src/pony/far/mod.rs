@@ -4,7 +4,9 @@
 //! acknowledges is in the state. So an engine that dies, or is replaced, sends again whatever its state says is under way,
 //! and a peer that learns of it does the same; who gets something for the second time knows it by its number.
 
+mod answers;
 mod asks;
+mod bulk;
 mod control;
 mod endings;
 pub mod frame;

@@ -3,7 +3,7 @@
 use super::frame::{self, Ends, Frame, Writer};
 use super::line::{Item, Line, PARTS};
 use super::rows::{Export, Sending};
-use super::{asks, seal, End, Far};
+use super::{answers, asks, seal, End, Far};
 use crate::pony::command::Piece;
 use crate::pony::desk::Desk;
 use crate::pony::flow::wire::SEALED;
@@ -265,7 +265,7 @@ impl View<'_> {
                 (slot.ends?, Frame::Datagram { bytes: &slot.body })
             }
             Item::Request { row, part } => return self.asks.encode(row, part, self, writer),
-            Item::Reply { slot } => return asks::reply(line.slots.get(slot), self, writer),
+            Item::Reply { slot } => return answers::reply(line.slots.get(slot), self, writer),
             Item::Piece { row, seq, offset, len } => return self.piece(row, seq, offset, len as usize, writer),
             _ if room < frame::SHORT => return Some(false),
             Item::Accept(connection) => {
