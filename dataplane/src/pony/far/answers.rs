@@ -4,7 +4,7 @@
 use super::frame::{self, Ends, Frame, Part, Writer};
 use super::line::{Item, Slot};
 use super::rows::Ending;
-use super::transmit;
+use super::{transmit, ENDINGS, REQUESTS};
 use crate::pony::command::{Access, Kind, Reader, Scan, Short, Status};
 use crate::pony::desk::Desk;
 use crate::pony::memory::{self, Each, Regions, Sink};
@@ -180,7 +180,9 @@ impl Desk {
             Some(Kind::Read | Kind::Reads | Kind::Indirect | Kind::Indirects | Kind::Scan) => None,
             _ => Some((Status::Bad as u8, 0)),
         };
-        let Some(line) = self.far.lines.get_mut(&link) else { return Ok(()) };
+        let Some(line) = self.far.lines.get_mut(&link).filter(|line| line.slots.used() < REQUESTS) else {
+            return Ok(());
+        };
         let slot = line.slots.take();
         let place = line.slots.at(slot);
         (place.ends, place.part, place.kind, place.ending) = (Some(back), Some(part), kind, ending);
@@ -201,7 +203,8 @@ impl Desk {
         kind: Kind,
         body: &[u8],
     ) -> Result<(u8, u64)> {
-        if self.far.endings.left() == 0 {
+        let many = self.far.ends.get(&number).is_some_and(|end| end.endings.len() >= ENDINGS);
+        if many || self.far.endings.left() == 0 {
             return Ok((Status::Full as u8, 0));
         }
         let seen = self.space.seen(own.channel, number);

@@ -4,7 +4,7 @@ use super::frame::Ends;
 use super::line::Item;
 use super::ranges::Ranges;
 use super::rows::{Ending, Export};
-use super::{Import, EXPORTS, LARGE};
+use super::{Import, EXPORTS, FINISHED, LARGE};
 use crate::pony::command::{answer, Head, Kind, Piece, Status};
 use crate::pony::desk::{Desk, Order, Outcome};
 use crate::pony::rows::{Connection, ECHO};
@@ -13,6 +13,8 @@ use crate::state::{Result, Segment};
 
 /// Large messages of one connection that come in at a time.
 const IMPORTS: usize = 8;
+/// Those that wait for places: a correct peer has no more than `EXPORTS`, and as many from before it lost count.
+const OFFERS: usize = 4 * EXPORTS;
 /// The state learns of the progress of a large message every so many bytes.
 const STEP: u64 = 256 * 1024;
 
@@ -30,16 +32,23 @@ impl Desk {
         let back = Ends { to: ends.from, from: number, ..ends };
         if let Some(ending) = self.far.remembered(number, seq, LARGE) {
             let finish = Item::Finish { ends: back, seq, status: ending.status as u8, value: ending.value };
-            self.far.queue(own.link, finish);
+            self.far.answer(own.link, finish);
             return Ok(());
+        }
+        // Each of those that wait may come to an end right now.
+        if self.far.endings.left() < FINISHED {
+            return self.break_off(segment, ends, &own);
         }
         let end = self.far.end(number);
         if let Some(import) = end.imports.get(&seq) {
             let at = import.came.floor();
-            self.far.queue(own.link, Item::Grant { connection: number, seq, at });
+            self.far.answer(own.link, Item::Grant { connection: number, seq, at });
             return Ok(());
         }
-        if end.offers.len() < 256 {
+        if end.finished.len() >= FINISHED {
+            return self.break_off(segment, ends, &own);
+        }
+        if end.offers.len() < OFFERS {
             end.offers.insert(seq, len);
         }
         self.match_places(segment, number)

@@ -197,7 +197,7 @@ impl Far {
 
     /// Everything that was kept for a connection.
     fn drop_end(&mut self, segment: &mut Segment, number: u32, own: &Connection) -> Result<()> {
-        self.by_peer.remove(&(own.link, own.peer));
+        self.forget_peer(own.link, own.peer);
         self.blobs.remove(segment, own.name)?;
         let Some(end) = self.ends.remove(&number) else { return Ok(()) };
         if end.under_way > 0 {

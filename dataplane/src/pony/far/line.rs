@@ -76,6 +76,10 @@ impl<T: Default> Slab<T> {
         self.free.push(number);
     }
 
+    pub fn used(&self) -> usize {
+        self.items.len() - self.free.len()
+    }
+
     pub fn at(&mut self, number: u32) -> &mut T {
         &mut self.items[number as usize]
     }

@@ -34,6 +34,17 @@ const EXPORTS: usize = 64;
 /// Operations of one connection on the peer's memory that may be under way.
 const ASKS: usize = 1024;
 
+/// What one peer may have here: streams and parts of messages of a connection, messages that came early, endings that it
+/// does not forget, connections of a link, requests and other things that wait to be answered. More is more than a
+/// correct one ever has.
+const STREAMS: usize = 4096;
+const PARTIAL: usize = 256;
+const ENDINGS: usize = 65_536;
+const FINISHED: usize = 1024;
+const CONNECTIONS: u32 = 32_768;
+const REQUESTS: usize = 4096;
+const QUEUED: usize = 65_536;
+
 /// The part of an ending that is a large message's, whose number it has instead of an operation's.
 const LARGE: u32 = u32::MAX;
 
@@ -102,6 +113,8 @@ pub struct Far {
     ends: HashMap<u32, End>,
     /// By link and number of the peer's end.
     by_peer: HashMap<(u32, u32), u32>,
+    /// Of each link, how many.
+    peers: HashMap<u32, u32>,
     cookie: u32,
     epoch: u32,
     id: u64,
@@ -194,6 +207,27 @@ impl Far {
 
     fn end(&mut self, connection: u32) -> &mut End {
         self.ends.entry(connection).or_default()
+    }
+
+    fn know_peer(&mut self, link: u32, peer: u32, number: u32) {
+        if self.by_peer.insert((link, peer), number).is_none() {
+            *self.peers.entry(link).or_default() += 1;
+        }
+    }
+
+    fn forget_peer(&mut self, link: u32, peer: u32) {
+        if self.by_peer.remove(&(link, peer)).is_some() {
+            if let Some(count) = self.peers.get_mut(&link) {
+                *count -= 1;
+            }
+        }
+    }
+
+    /// Answer what a peer said, unless it leaves too much unanswered already.
+    fn answer(&mut self, link: u32, item: Item) {
+        if self.lines.get(&link).is_some_and(|line| line.control.len() < QUEUED) {
+            self.queue(link, item);
+        }
     }
 
     /// Have something sent over a link, as soon as it is permanent that it is to be sent.

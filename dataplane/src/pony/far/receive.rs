@@ -5,6 +5,7 @@ use super::line::Item;
 use super::ranges::Ranges;
 use super::resync::pieces;
 use super::rows::{Held, Sending, Stream};
+use super::{CONNECTIONS, PARTIAL, STREAMS};
 use crate::pony::command::{answer, Kind, Reader, Status};
 use crate::pony::desk::Desk;
 use crate::pony::flow::wire::{self, Header, SEALED};
@@ -199,7 +200,7 @@ impl Desk {
             _ => {}
         }
         let back = Ends { to: ends.from, from: ends.to, ..ends };
-        self.far.queue(link, Item::Gone(back));
+        self.far.answer(link, Item::Gone(back));
         None
     }
 
@@ -259,7 +260,7 @@ impl Desk {
     fn opened(&mut self, segment: &mut Segment, link: u32, ends: Ends, cookie: u32, name: &[u8]) -> Result<()> {
         if let Some(number) = self.far.by_peer.get(&(link, ends.from)).copied() {
             if self.connections.get(number).is_some_and(|own| own.cookie == cookie) {
-                self.far.queue(link, Item::Accept(number));
+                self.far.answer(link, Item::Accept(number));
                 return Ok(());
             }
             // The peer forgot that one, for it used its number again.
@@ -269,16 +270,17 @@ impl Desk {
         let refusal = match channel {
             None => Some(Status::NoPeer),
             Some(_) if self.connections.left() == 0 => Some(Status::Full),
+            Some(_) if self.far.peers.get(&link).is_some_and(|count| *count >= CONNECTIONS) => Some(Status::Full),
             Some(_) => None,
         };
         if let Some(status) = refusal {
-            self.far.queue(link, Item::Refuse { to: ends.from, cookie, status: status as u8 });
+            self.far.answer(link, Item::Refuse { to: ends.from, cookie, status: status as u8 });
             return Ok(());
         }
         let channel = channel.unwrap_or(ECHO);
         let made = Connection { channel, peer: ends.from, link, cookie, ..Connection::default() };
         let number = self.connections.insert(segment, made)?;
-        self.far.by_peer.insert((link, ends.from), number);
+        self.far.know_peer(link, ends.from, number);
         self.far.end(number).credit = Some(0);
         if channel != ECHO {
             self.outbox.put(channel, 0, 0, &answer(Kind::Connected, Status::Ok, 0, number, 0), name);
@@ -293,7 +295,7 @@ impl Desk {
         self.connections.update(segment, ends.to, |own| {
             (own.peer, own.opening, own.name) = (ends.from, false, 0);
         })?;
-        self.far.by_peer.insert((link, ends.from), ends.to);
+        self.far.know_peer(link, ends.from, ends.to);
         if own.channel < NOBODY {
             let said = answer(Kind::Connect, Status::Ok, 0, ends.to, ends.to.into());
             self.outbox.put(own.channel, 0, own.tag, &said, &[]);
@@ -319,6 +321,10 @@ impl Desk {
         seq: u64,
         (total, offset, bytes): (u16, u16, &[u8]),
     ) -> Result<()> {
+        let known = self.far.by_stream.contains_key(&(ends.to, ends.stream));
+        if !known && (self.far.end(ends.to).streams.len() >= STREAMS || self.far.streams.left() == 0) {
+            return self.break_off(segment, ends, own);
+        }
         let (row, stream) = self.far.stream(segment, ends.to, ends.stream)?;
         let key = (ends.to, ends.stream, seq);
         if seq < stream.next || self.far.by_held.contains_key(&key) || usize::from(total) > SMALL {
@@ -331,6 +337,9 @@ impl Desk {
             return self.message_whole(segment, ends, own, (row, stream), seq, bytes);
         }
         let partial = &mut self.far.end(ends.to).partial;
+        if partial.len() >= PARTIAL && !partial.contains_key(&(ends.stream, seq)) {
+            return self.break_off(segment, ends, own);
+        }
         let (whole, came) =
             partial.entry((ends.stream, seq)).or_insert_with(|| (vec![0; total.into()], Ranges::default()));
         let (start, end) = (usize::from(offset), usize::from(offset) + bytes.len());
@@ -413,7 +422,8 @@ impl Desk {
     ) -> Result<std::result::Result<u64, Status>> {
         let end = self.far.end(number);
         let under_way = end.credit.map_or(0, |credit| end.sent.wrapping_sub(credit));
-        if under_way >= CREDITS || self.far.sending.left() == 0 {
+        let streams = self.far.by_stream.contains_key(&(number, stream)) || self.far.streams.left() > 0;
+        if under_way >= CREDITS || self.far.sending.left() == 0 || !streams {
             return Ok(Err(Status::Full));
         }
         let (row, found) = self.far.stream(segment, number, stream)?;

@@ -31,7 +31,7 @@ impl Desk {
             end.credit = Some(end.sent.wrapping_sub(end.under_way));
             end.told = end.came.wrapping_sub(self.outbox.held(number));
             if !own.opening {
-                far.by_peer.insert((own.link, own.peer), number);
+                far.know_peer(own.link, own.peer, number);
             }
         }
         let links: Vec<u32> = far.links.iter().map(|(number, _)| number).collect();
