@@ -14,7 +14,7 @@ from snap.modules.pony import Pony
 from snap.modules.rigs import ChannelPair, memory
 from tests.waiting import until
 
-STATE = 192 << 20
+STATE = 256 << 20
 ARENA = 4 << 20
 
 

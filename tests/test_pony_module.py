@@ -35,7 +35,7 @@ version = "1"
 entry = "main:Main"
 [engines.pony]
 class = "native:pony"
-state = "192MiB"
+state = "256MiB"
 [engines.control]
 class = "main:Control"
 [provides.netpony]

@@ -56,7 +56,8 @@ class Script(threading.Thread):
 
     def stop(self) -> None:
         self._stopping.set()
-        self.join()
+        # It may be in the middle of an order, which ends with the kernel at the latest.
+        self.join(AFTER_SECONDS)
 
     def run(self) -> None:
         try:

@@ -295,7 +295,7 @@ impl Desk {
             Err(status) => return Ok(Err(status)),
         };
         let (to, number) = if peer.channel == ECHO { (channel, head.connection) } else { (peer.channel, number) };
-        if !self.outbox.may_hold(number) {
+        if !self.outbox.may_hold(to, number) {
             return Ok(Err(Status::Full));
         }
         let first = answer(Kind::Message, Status::Ok, head.stream, number, bytes.len() as u64);
@@ -313,7 +313,7 @@ impl Desk {
         if bytes.len() > SMALL {
             return Err(Status::TooLong);
         }
-        if self.outbox.may_hold(number) && peer.channel != ECHO {
+        if peer.channel != ECHO && self.outbox.may_hold(peer.channel, number) {
             let first = answer(Kind::Datagram, Status::Ok, head.stream, number, len);
             self.outbox.put(peer.channel, number, 0, &first, bytes);
         }

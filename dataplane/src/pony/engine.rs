@@ -9,7 +9,7 @@ use super::far::Far;
 use super::port::udp::Udp;
 use super::rows::SMALL;
 use crate::engine::{Channel, Channels, Engine};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::state::{self, Schema, Segment, StateError};
 use crate::stats::monotonic_ns;
 
@@ -110,6 +110,9 @@ impl Pony {
     /// What the application did wrong ends its channel; what is wrong with the state ends the poll.
     fn serve(&mut self, channel: &mut Channel, state: &mut Segment, budget: usize) -> state::Result<Result<usize>> {
         let mut done = 0;
+        if self.desk.outbox.overran(channel.id) {
+            return Ok(Err(Error::Full));
+        }
         while done < budget && self.desk.outbox.has_room() {
             let tag = match self.next(channel) {
                 Ok(Some(tag)) => tag,

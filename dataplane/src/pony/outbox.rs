@@ -1,7 +1,7 @@
 //! Messages to applications other than the one whose command is being served. Those that find no room wait in the state,
 //! in order; nobody else waits for them.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use super::numbered::Numbered;
 use super::rows::Waiting;
@@ -14,6 +14,10 @@ use crate::state::{Frame, Result, Segment};
 pub const CREDITS: u32 = 64;
 /// Bytes of messages in one poll.
 const BYTES: usize = 128 * 1024;
+/// Messages of one application that may wait, and whatever else it is told besides: whoever leaves more unread than that
+/// loses its channel, and nobody else anything.
+const QUEUE: usize = 1024;
+const MOST: usize = 8 * QUEUE;
 /// Rows for what is said besides.
 const MARGIN: usize = 512;
 
@@ -28,6 +32,7 @@ pub struct Outbox {
     parcels: Vec<Parcel>,
     bytes: Vec<u8>,
     settled: Vec<u32>,
+    overrun: HashSet<u64>,
 }
 
 struct Parcel {
@@ -59,9 +64,15 @@ impl Outbox {
         self.bytes.len() < BYTES && self.waiting.left() > self.parcels.len() + MARGIN
     }
 
-    /// Whether a connection may have another message on its way.
-    pub fn may_hold(&self, connection: u32) -> bool {
+    /// Whether a connection may have another message on its way to that channel.
+    pub fn may_hold(&self, channel: u64, connection: u32) -> bool {
         self.held.get(&connection).is_none_or(|held| *held < CREDITS)
+            && self.queues.get(&channel).is_none_or(|queue| queue.len() < QUEUE)
+    }
+
+    /// Whether the application of a channel has left too much unread.
+    pub fn overran(&mut self, channel: u64) -> bool {
+        self.overrun.remove(&channel)
     }
 
     /// How many messages of a connection wait, or are about to be delivered.
@@ -133,6 +144,12 @@ impl Outbox {
     }
 
     fn keep(&mut self, segment: &mut Segment, parcel: &Parcel) -> Result<()> {
+        let waiting = self.queues.get(&parcel.channel).map_or(0, VecDeque::len);
+        if waiting >= MOST || self.waiting.left() == 0 {
+            self.overrun.insert(parcel.channel);
+            self.settle(parcel.connection);
+            return Ok(());
+        }
         self.order += 1;
         let bytes = self.bytes[parcel.start..parcel.start + parcel.len].to_vec();
         let (channel, connection, tag) = (parcel.channel, parcel.connection, parcel.tag);

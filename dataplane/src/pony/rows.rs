@@ -159,7 +159,7 @@ const WAITING: usize = 32;
 impl Row for Waiting {
     const TABLE: &'static str = "waiting";
     const BYTES: usize = WAITING + super::command::ANSWER + SMALL;
-    const COUNT: usize = 4096;
+    const COUNT: usize = 16_384;
     const FIELDS: &'static str =
         r#"{"channel":"u8","order":"u8","connection":"u4","length":"u4","tag":"u8","bytes":"S4112"}"#;
 

@@ -228,7 +228,7 @@ impl Desk {
                 self.message_came(segment, ends, &own, seq, (total, offset, bytes))
             }
             Frame::Datagram { bytes } => {
-                if self.outbox.may_hold(ends.to) && own.channel < NOBODY {
+                if own.channel < NOBODY && self.outbox.may_hold(own.channel, ends.to) {
                     let head = answer(Kind::Datagram, Status::Ok, ends.stream, ends.to, bytes.len() as u64);
                     self.outbox.put(own.channel, 0, 0, &head, bytes);
                 }
