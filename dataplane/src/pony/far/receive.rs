@@ -111,13 +111,14 @@ impl Desk {
         line.peer_epoch = line.flow.peer_epoch;
         let mut tokens = std::mem::take(&mut self.far.tokens);
         tokens.extend(line.flow.acked());
+        // Before what the new engine has counts: pieces of messages that only the old one had would complete them.
+        if restarted {
+            self.resync(link);
+        }
         for token in tokens.drain(..) {
             self.arrived(segment, link, token as u32)?;
         }
         self.far.tokens = tokens;
-        if restarted {
-            self.resync(link);
-        }
         if receipt == Receipt::Deliver {
             let mut reader = Reader::new(payload);
             while !reader.is_empty() {
