@@ -1,7 +1,7 @@
 //! Operations on the memory of another host's applications: cut into parts that fit packets, asked for, and put together from
 //! their answers.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::frame::{self, Ends, Part, Writer};
 use super::line::Line;
@@ -131,7 +131,8 @@ pub struct Progress {
     attempt: u32,
     what: What,
     plan: Plan,
-    got: u64,
+    /// Which parts were answered.
+    answered: HashSet<u32>,
     status: Status,
     /// The first number of a burst that failed; what is answered otherwise.
     bad: u64,
@@ -348,6 +349,9 @@ impl Desk {
         if progress.attempt != part.attempt || u64::from(part.part) >= progress.plan.parts {
             return Ok(());
         }
+        if !progress.answered.insert(part.part) {
+            return Ok(());
+        }
         if let Some(line) = lines.get_mut(&link) {
             line.asked = line.asked.saturating_sub(1);
         }
@@ -355,7 +359,7 @@ impl Desk {
         let fits = progress.take(&self.space, own.channel, part.part.into(), bytes);
         let status = if fits || status != Status::Ok { status } else { Status::Bad };
         progress.note(part.part.into(), status, value);
-        if progress.got == progress.plan.parts {
+        if progress.answered.len() as u64 == progress.plan.parts {
             self.finish_ask(segment, row, None)?;
         }
         self.far.rouse(link);
@@ -415,7 +419,6 @@ impl Progress {
     }
 
     fn note(&mut self, part: u64, status: Status, value: u64) {
-        self.got += 1;
         let first = match self.what {
             What::Burst { burst, .. } => self.plan.numbers(part, burst.count.into()).0,
             _ => 0,
@@ -424,8 +427,8 @@ impl Progress {
             if part == 0 {
                 self.value = value;
             }
-        } else if first + value < self.bad || self.status == Status::Ok {
-            (self.status, self.bad) = (status, first + value);
+        } else if first.saturating_add(value) < self.bad || self.status == Status::Ok {
+            (self.status, self.bad) = (status, first.saturating_add(value));
         }
     }
 
@@ -452,7 +455,7 @@ impl Far {
             attempt: self.attempts,
             what,
             plan: Plan::of(&what, line),
-            got: 0,
+            answered: HashSet::new(),
             status: Status::Ok,
             bad: u64::MAX,
             value: 0,

@@ -15,6 +15,10 @@ use crate::state::{Result, Segment};
 const IMPORTS: usize = 8;
 /// Those that wait for places: a correct peer has no more than `EXPORTS`, and as many from before it lost count.
 const OFFERS: usize = 4 * EXPORTS;
+/// A correct peer leaves no more holes than packets are under way, twice when it begins anew.
+const HOLES: usize = 512;
+/// Messages of one connection; what lies beyond is a lie.
+const LAST: u64 = 1 << 62;
 /// The state learns of the progress of a large message every so many bytes.
 const STEP: u64 = 256 * 1024;
 
@@ -22,6 +26,9 @@ impl Desk {
     pub(super) fn offered(&mut self, segment: &mut Segment, ends: Ends, seq: u64, floor: u64, len: u64) -> Result<()> {
         let number = ends.to;
         let Some(own) = self.connections.get(number).copied() else { return Ok(()) };
+        if seq.max(floor) > LAST {
+            return self.break_off(segment, ends, &own);
+        }
         if floor > own.large_floor {
             self.connections.update(segment, number, |own| own.large_floor = floor)?;
             self.far.forget(segment, number, floor, true)?;
@@ -142,6 +149,9 @@ impl Desk {
         };
         let before = import.came.floor();
         import.came.add(offset, end);
+        if import.came.holes() > HOLES {
+            return self.break_off(segment, ends, own);
+        }
         let (row, floor) = (import.place, import.came.floor());
         if let Some(place) = self.transfers.posted(row) {
             let piece = Piece { offset: place.piece.offset + offset, len: bytes.len() as u64 };

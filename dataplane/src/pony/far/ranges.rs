@@ -18,6 +18,11 @@ impl Ranges {
         self.floor
     }
 
+    /// How many pieces are apart from the rest.
+    pub fn holes(&self) -> usize {
+        self.beyond.len()
+    }
+
     /// Bytes `start` to before `end` came.
     pub fn add(&mut self, start: u64, end: u64) {
         let (mut start, mut end) = (start.max(self.floor), end);

@@ -1,5 +1,7 @@
 //! What comes in.
 
+use std::collections::HashMap;
+
 use super::frame::{self, Ends, Frame};
 use super::line::Item;
 use super::ranges::Ranges;
@@ -8,7 +10,7 @@ use super::rows::{Held, Sending, Stream};
 use super::{CONNECTIONS, PARTIAL, STREAMS};
 use crate::pony::command::{answer, Kind, Reader, Status};
 use crate::pony::desk::Desk;
-use crate::pony::flow::wire::{self, Header, SEALED};
+use crate::pony::flow::wire::{self, Header, PAYLOAD, SEALED};
 use crate::pony::flow::{Nanos, Receipt};
 use crate::pony::outbox::CREDITS;
 use crate::pony::rows::{Connection, ECHO, NOBODY, SMALL};
@@ -96,11 +98,13 @@ impl Desk {
         header: &Header,
         payload: &[u8],
     ) -> Result<()> {
+        let mut header = *header;
         if self.far.held.left() < MARGIN && self.comes_early(payload) {
-            return Ok(());
+            // What it carries has to come again; what it acknowledges counts.
+            header.flags &= !PAYLOAD;
         }
         let Some(line) = self.far.lines.get_mut(&link) else { return Ok(()) };
-        let receipt = match line.flow.receive(now, header, 0) {
+        let receipt = match line.flow.receive(now, &header, 0) {
             Ok(receipt) => receipt,
             Err(_) => {
                 line.bad += 1;
@@ -138,12 +142,18 @@ impl Desk {
     /// Whether a packet has messages that would have to be held.
     fn comes_early(&self, payload: &[u8]) -> bool {
         let mut reader = Reader::new(payload);
+        let mut reached: HashMap<(u32, u16), u64> = HashMap::new();
         while let Ok((ends, frame)) = frame::parse(&mut reader) {
-            if let Frame::Message { seq, .. } = frame {
-                let row = self.far.by_stream.get(&(ends.to, ends.stream));
+            if let Frame::Message { seq, total, bytes, .. } = frame {
+                let key = (ends.to, ends.stream);
+                let row = self.far.by_stream.get(&key);
                 let next = row.and_then(|row| self.far.streams.get(*row)).map_or(0, |stream| stream.next);
-                if seq > next {
+                let next = reached.entry(key).or_insert(next);
+                if seq > *next {
                     return true;
+                }
+                if seq == *next && bytes.len() == usize::from(total) {
+                    *next += 1;
                 }
             }
         }

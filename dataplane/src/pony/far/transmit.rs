@@ -107,10 +107,17 @@ impl Desk {
         let view = View { connections: &self.connections, space: &self.space, sending, exports, asks, ends };
         let token = match again {
             Some(token) => {
-                let items = std::mem::take(&mut line.packets.at(token as u32).items);
-                for item in &items {
-                    view.encode(line, *item, &mut writer);
-                }
+                let mut items = std::mem::take(&mut line.packets.at(token as u32).items);
+                // An answer that is longer by now, and does not fit any more, goes with another packet.
+                let mut left = Vec::new();
+                items.retain(|item| {
+                    let fits = view.encode(line, *item, &mut writer);
+                    if !fits {
+                        left.push(*item);
+                    }
+                    fits
+                });
+                line.control.extend(left);
                 line.packets.at(token as u32).items = items;
                 token
             }
