@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import struct
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from snap.dataplane.errors import UsageError
 from snap.ipc import connect
 from snap.modules.pony import (
     INDIRECTION,
@@ -27,7 +29,9 @@ from snap.modules.pony import (
     TooLongError,
 )
 
-from .conftest import OWNER_MAY_ALL, KernelProcess
+from tests import pony_commands
+from tests.conftest import OWNER_MAY_ALL, KernelProcess
+from tests.waiting import until
 
 ARENA = 1 << 20
 ALL = Right.READ | Right.WRITE | Right.ATOMIC
@@ -324,3 +328,53 @@ def test_the_engine_itself_echoes(pair: Pair) -> None:
     echo.close()
     pair.out.send_datagram(b"may be lost")
     assert pair.back.recv_datagram(5) == b"may be lost"
+
+
+# -- what the client keeps apart --------------------------------------------------------------------------------
+
+
+def test_messages_that_come_before_a_connection_is_asked_for_are_kept(pair: Pair) -> None:
+    opening = pair.near.begin_connect("far")
+    pair.far.accept(10).send(b"early")
+    pair.near.register(pair.near.place(8), ALL)
+    until_done = opening.result(10)
+    out = pair.near.connection_of(opening, "far")
+    assert (out.number, out.peer) == (until_done, "far")
+    assert out.recv(10).data == b"early"
+
+
+def test_a_closed_connection_does_not_act_on_the_next_of_its_number(pair: Pair) -> None:
+    number = pair.out.number
+    pair.out.close()
+    other = pair.near.connect("far")
+    assert other.number == number
+    with pytest.raises(PonyError) as raised:
+        pair.out.send(b"stray")
+    assert raised.value.status == Status.NO_CONNECTION
+    with pytest.raises(UsageError):
+        pair.near.register(pair.near.place(8), ALL, only=pair.out)
+    other.send(b"right")
+    assert pair.far.accept(10).recv(10).data == b"right"
+
+
+def test_more_than_both_queues_hold_is_begun_without_taking_any_result(pair: Pair) -> None:
+    handle = pair.far.register(pair.far.place(64), ALL).handle
+    adds = [pair.out.begin_fetch_add(handle, 0, 1) for _ in range(20_000)]
+    assert [add.result(10) for add in adds] == list(range(20_000))
+
+
+def test_a_region_whose_registration_was_given_up_is_released(pair: Pair) -> None:
+    place = pair.near.place(64)
+    # As after a `register` that waited no longer: nobody waits for this answer.
+    pair.near.channel.send(pony_commands.register(0, place.offset, place.size, ALL), 1 << 40)
+    wanted = pair.near.register(place, ALL)
+    with pair.clients[0].open("pony-control") as control:
+
+        def regions() -> list[dict[str, int]]:
+            pair.near.poll()
+            control.send(b'{"list": "regions"}')
+            items: list[dict[str, int]] = json.loads(control.recv(10))["items"]
+            return items
+
+        until(lambda: len(regions()) == 1, "the other one is gone")
+        assert regions()[0]["id"] == wanted.handle & 0xFFFF_FFFF

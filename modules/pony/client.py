@@ -23,7 +23,7 @@ from enum import IntFlag
 from typing import TYPE_CHECKING, Self
 
 from snap.dataplane._native import ADAPTIVE
-from snap.dataplane.errors import DeadlineError
+from snap.dataplane.errors import DeadlineError, FullError, UsageError
 from snap.ipc.channel import Channel
 
 from .commands import ANSWER, HEAD, SERVICE, Kind
@@ -33,6 +33,9 @@ from .places import Place, Places
 
 if TYPE_CHECKING:
     from snap.ipc import Client
+
+# Seconds until another look for completions while there is no room for a command.
+_SLICE = 0.01
 
 
 class Right(IntFlag):
@@ -84,12 +87,14 @@ class Pony:
         return self._connection(ANSWER.unpack_from(answer)[3], name)
 
     def begin_connect(self, name: str) -> Operation:
-        """`connection_of` the operation, once it is done, is the connection."""
+        """`connection_of` the operation, once it is done, is the connection. What comes over it before is kept."""
         return self._begin(Kind.CONNECT, 0, name.encode(), f"connect to {name!r}")
 
     def connection_of(self, operation: Operation, name: str) -> Connection:
         """Raises NoPeerError."""
-        return self._connection(operation.outcome(), name)
+        connection = self._connections[operation.outcome()]
+        connection.peer = name
+        return connection
 
     def accept(self, timeout: float | None = None, wait: int = ADAPTIVE) -> Connection:
         """The next connection that somebody made to a name of ours."""
@@ -112,8 +117,10 @@ class Pony:
         return True
 
     def register(self, place: Place, rights: Right, only: Connection | None = None) -> Region:
-        """Let peers (or `only` one) use `place`, until `release`."""
+        """Let peers (or `only` one) use `place`, until `release`. Raises UsageError when that one is closed."""
         number = 0 if only is None else only.number
+        if only is not None and not number:
+            raise UsageError(f"the connection to {only.peer} is closed", "register for one that is open")
         body = struct.pack("<QQI", place.offset, place.size, rights)
         handle = self._value(Kind.REGISTER, number, body, "register")
         return Region(handle, place.offset, place.size, rights)
@@ -165,7 +172,11 @@ class Pony:
         """Do it and wait: the whole completion. The way that most operations go, so it is short."""
         self._tag = tag = self._tag + 1
         channel = self.channel
-        channel.send(HEAD.pack(kind, 0, stream, connection) + body, tag, timeout, wait)
+        command = HEAD.pack(kind, 0, stream, connection) + body
+        try:
+            channel.send(command, tag, 0)
+        except FullError:
+            self._press(command, tag, timeout, wait)
         while True:
             came, answer = channel.recv_tagged(timeout, wait)
             if came == tag:
@@ -189,8 +200,26 @@ class Pony:
     def _begin(self, kind: int, connection: int, body: bytes, what: str, stream: int = 0) -> Operation:
         self._tag = tag = self._tag + 1
         operation = self._pending[tag] = Operation(self, tag, what)
-        self.channel.send(HEAD.pack(kind, 0, stream, connection) + body, tag)
+        command = HEAD.pack(kind, 0, stream, connection) + body
+        try:
+            self.channel.send(command, tag, 0)
+        except FullError:
+            self._press(command, tag, None, ADAPTIVE)
         return operation
+
+    def _press(self, command: bytes, tag: int, timeout: float | None, wait: int) -> None:
+        """Send a command for which there was no room: the engine takes none while it has no room for their
+        completions, so those that are here are taken in. Raises DeadlineError."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            while self._listen(0, wait):
+                pass
+            try:
+                self.channel.send(command, tag, _SLICE, wait)
+                return
+            except (FullError, DeadlineError):
+                if end is not None and time.monotonic() >= end:
+                    raise
 
     def _await(self, until: Callable[[], bool], timeout: float | None, wait: int) -> None:
         end = None if timeout is None else time.monotonic() + timeout
@@ -211,6 +240,8 @@ class Pony:
         operation = self._pending.pop(tag, None) if tag else None
         if operation is not None:
             operation.finish(status, value, answer[ANSWER.size :])
+            if kind == Kind.CONNECT and not status:
+                self._connection(number, "")
         elif kind == Kind.DATAGRAM:
             if number in self._connections:
                 self._connections[number]._datagrams.append(answer[ANSWER.size :])
@@ -222,6 +253,8 @@ class Pony:
         elif kind == Kind.CONNECT and not status:
             # Who asked for it has given up waiting.
             self._begin(Kind.CLOSE, number, b"", "close")
+        elif kind == Kind.REGISTER and not status:
+            self._begin(Kind.RELEASE, 0, struct.pack("<Q", value), "release")
         elif kind == Kind.CLOSED and number in self._connections:
             self._connections[number].closed = True
 
@@ -230,5 +263,7 @@ class Pony:
         return connection
 
     def _part(self, connection: Connection) -> None:
-        if self._connections.pop(connection.number, None) is not None:
-            self._call(Kind.CLOSE, connection.number, b"", "close")
+        # Somebody else may have the number next.
+        number, connection.number = connection.number, 0
+        if self._connections.pop(number, None) is not None:
+            self._call(Kind.CLOSE, number, b"", "close")

@@ -189,6 +189,9 @@ impl Desk {
         if name.starts_with(b".") || self.by_name.contains_key(name) {
             return Ok(Err(Status::Taken));
         }
+        if !self.names.may_have(channel) {
+            return Ok(Err(Status::Full));
+        }
         let number = self.names.insert(segment, Name { channel, text: name.to_vec() })?;
         self.by_name.insert(name.to_vec(), number);
         Ok(Ok(Some(0)))
@@ -205,7 +208,11 @@ impl Desk {
         }
         let owner = if name == b".echo" { Some(ECHO) } else { self.bound(name) };
         let Some(owner) = owner else { return Ok(Err(Status::NoPeer)) };
-        let own = self.connections.insert(segment, Connection { channel: order.channel, ..Connection::default() })?;
+        if !self.connections.may_have(order.channel) || self.connections.left() < 2 {
+            return Ok(Err(Status::Full));
+        }
+        let made = Connection { channel: order.channel, asked: true, ..Connection::default() };
+        let own = self.connections.insert(segment, made)?;
         let made = Connection { channel: owner, peer: own, ..Connection::default() };
         let peer = self.connections.insert(segment, made)?;
         self.connections.update(segment, own, |connection| connection.peer = peer)?;
@@ -224,10 +231,12 @@ impl Desk {
 
     /// End a connection, and tell the other end.
     fn part(&mut self, segment: &mut Segment, connection: u32) -> Result<()> {
-        if self.connections.get(connection).is_some_and(|own| own.link != 0) {
+        let Some(own) = self.connections.get(connection).copied() else { return Ok(()) };
+        self.outbox.forget(segment, own.channel, connection)?;
+        if own.link != 0 {
             return self.leave(segment, connection);
         }
-        let Some(own) = self.connections.remove(segment, connection)? else { return Ok(()) };
+        self.connections.remove(segment, connection)?;
         let own_end = End { number: connection, channel: own.channel };
         let peer = self.connections.get(own.peer).copied();
         let peer_end = peer.map(|peer| End { number: own.peer, channel: peer.channel });
@@ -253,15 +262,11 @@ impl Desk {
                 self.by_name.remove(&name.text);
             }
         }
-        let ends: Vec<(u32, u64)> = self
-            .connections
-            .iter()
-            .filter(|(_, end)| end.channel < NOBODY && !present(end.channel))
-            .map(|(number, end)| (number, end.channel))
-            .collect();
-        for (number, channel) in ends {
+        self.outbox.retain(segment, &present)?;
+        let gone = |end: &Connection| end.channel < NOBODY && !present(end.channel);
+        let ends: Vec<u32> = self.connections.iter().filter(|(_, end)| gone(end)).map(|(number, _)| number).collect();
+        for number in ends {
             self.part(segment, number)?;
-            self.outbox.forget(segment, channel)?;
         }
         let regions: Vec<u32> =
             self.space.regions.iter().filter(|(_, region)| !present(region.channel)).map(|(n, _)| n).collect();

@@ -1,6 +1,8 @@
 //! Things with numbers: in memory for speed, and in a table of the state, where they are found again after an upgrade
 //! or a crash.
 
+use std::collections::HashMap;
+
 use crate::state::{Frame, Kind, ObjectSpec, Result, Segment, StateError, Table};
 
 /// What `Numbered` holds, and how a row of its table looks.
@@ -16,11 +18,18 @@ pub trait Row: Sized {
     fn write(&self, row: &mut [u8]);
     /// None when the bytes can be no row.
     fn read(row: &[u8]) -> Option<Self>;
+
+    /// The channel of the application that asked for it, where that has to be counted.
+    fn owner(&self) -> Option<u64> {
+        None
+    }
 }
 
 pub struct Numbered<T> {
     items: Vec<Option<T>>,
     free: Vec<u32>,
+    /// How many each owner has.
+    shares: HashMap<u64, usize>,
     table: Option<Table>,
 }
 
@@ -29,7 +38,7 @@ const FIRST: u32 = 1;
 
 impl<T> Default for Numbered<T> {
     fn default() -> Self {
-        Numbered { items: (0..FIRST).map(|_| None).collect(), free: Vec::new(), table: None }
+        Numbered { items: (0..FIRST).map(|_| None).collect(), free: Vec::new(), shares: HashMap::new(), table: None }
     }
 }
 
@@ -55,6 +64,7 @@ impl<T: Row> Numbered<T> {
             let item =
                 item.ok_or_else(|| StateError::Damaged(format!("a row of table {:?} makes no sense", T::TABLE)))?;
             let number = number as usize;
+            found.count(&item);
             if found.items.len() <= number {
                 found.items.resize_with(number + 1, || None);
             }
@@ -81,6 +91,29 @@ impl<T: Row> Numbered<T> {
         T::COUNT - self.items.len().max(FIRST as usize) + self.free.len()
     }
 
+    /// Whether an application may ask for another one: nobody has more than is left for others, so that there is always
+    /// something left for those who have little. (Choudhury and Hahne, "Dynamic queue length thresholds for
+    /// shared-memory packet switches", 1998, with a factor of 1.)
+    pub fn may_have(&self, owner: u64) -> bool {
+        self.shares.get(&owner).is_none_or(|share| *share < self.left())
+    }
+
+    fn count(&mut self, item: &T) {
+        if let Some(owner) = item.owner() {
+            *self.shares.entry(owner).or_default() += 1;
+        }
+    }
+
+    fn uncount(&mut self, item: &T) {
+        let Some(owner) = item.owner() else { return };
+        if let Some(share) = self.shares.get_mut(&owner) {
+            *share -= 1;
+            if *share == 0 {
+                self.shares.remove(&owner);
+            }
+        }
+    }
+
     /// The number of a new item. Raises `Full`.
     pub fn insert(&mut self, segment: &mut Segment, item: T) -> Result<u32> {
         let number = self.free.last().copied().unwrap_or(self.items.len() as u32);
@@ -88,6 +121,7 @@ impl<T: Row> Numbered<T> {
             return Err(StateError::Full(format!("there are {} {} already", T::COUNT, T::TABLE)));
         }
         self.store(segment, number, &item)?;
+        self.count(&item);
         self.free.pop();
         if number as usize == self.items.len() {
             self.items.push(None);
@@ -98,16 +132,19 @@ impl<T: Row> Numbered<T> {
 
     /// Change an item that is there. Raises `Full`.
     pub fn update(&mut self, segment: &mut Segment, number: u32, change: impl FnOnce(&mut T)) -> Result<()> {
-        let Some(item) = self.items.get_mut(number as usize).and_then(Option::as_mut) else { return Ok(()) };
-        change(item);
-        let mut row = vec![0; T::BYTES];
-        item.write(&mut row);
-        self.put(segment, number, &row)
+        let Some(mut item) = self.items.get_mut(number as usize).and_then(Option::take) else { return Ok(()) };
+        self.uncount(&item);
+        change(&mut item);
+        self.count(&item);
+        let stored = self.store(segment, number, &item);
+        self.items[number as usize] = Some(item);
+        stored
     }
 
     pub fn remove(&mut self, segment: &mut Segment, number: u32) -> Result<Option<T>> {
         let Some(item) = self.items.get_mut(number as usize).and_then(Option::take) else { return Ok(None) };
         self.free.push(number);
+        self.uncount(&item);
         if let Some(table) = &self.table {
             table.delete(segment, &u64::from(number).to_le_bytes())?;
         }
@@ -117,12 +154,8 @@ impl<T: Row> Numbered<T> {
     fn store(&self, segment: &mut Segment, number: u32, item: &T) -> Result<()> {
         let mut row = vec![0; T::BYTES];
         item.write(&mut row);
-        self.put(segment, number, &row)
-    }
-
-    fn put(&self, segment: &mut Segment, number: u32, row: &[u8]) -> Result<()> {
         match &self.table {
-            Some(table) => table.put(segment, &u64::from(number).to_le_bytes(), row),
+            Some(table) => table.put(segment, &u64::from(number).to_le_bytes(), &row),
             None => Ok(()),
         }
     }

@@ -3,8 +3,9 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
+use super::command::Kind;
 use super::numbered::Numbered;
-use super::rows::Waiting;
+use super::rows::{Waiting, NOBODY};
 use crate::channel::Tx;
 use crate::engine::Channels;
 use crate::error::Error;
@@ -64,10 +65,11 @@ impl Outbox {
         self.bytes.len() < BYTES && self.waiting.left() > self.parcels.len() + MARGIN
     }
 
-    /// Whether a connection may have another message on its way to that channel.
+    /// Whether a connection may have another message on its way to that channel, which leaves half of what it may have to
+    /// whatever else it is told.
     pub fn may_hold(&self, channel: u64, connection: u32) -> bool {
         self.held.get(&connection).is_none_or(|held| *held < CREDITS)
-            && self.queues.get(&channel).is_none_or(|queue| queue.len() < QUEUE)
+            && self.queues.get(&channel).is_none_or(|queue| queue.len() < QUEUE.min(self.waiting.left() / 2))
     }
 
     /// Whether the application of a channel has left too much unread.
@@ -145,7 +147,7 @@ impl Outbox {
 
     fn keep(&mut self, segment: &mut Segment, parcel: &Parcel) -> Result<()> {
         let waiting = self.queues.get(&parcel.channel).map_or(0, VecDeque::len);
-        if waiting >= MOST || self.waiting.left() == 0 {
+        if waiting >= MOST || !self.waiting.may_have(parcel.channel) {
             self.overrun.insert(parcel.channel);
             self.settle(parcel.connection);
             return Ok(());
@@ -163,15 +165,53 @@ impl Outbox {
         release(&mut self.held, connection);
     }
 
-    /// The channel is no more.
-    pub fn forget(&mut self, segment: &mut Segment, channel: u64) -> Result<()> {
-        for number in self.queues.remove(&channel).unwrap_or_default() {
-            if let Some(item) = self.waiting.remove(segment, number)? {
-                release(&mut self.held, item.connection);
+    /// What waits for channels that are no more, all but `present`, is forgotten.
+    pub fn retain(&mut self, segment: &mut Segment, present: impl Fn(u64) -> bool) -> Result<()> {
+        let gone: Vec<u64> = self.queues.keys().copied().filter(|channel| !present(*channel)).collect();
+        for channel in gone {
+            for number in self.queues.remove(&channel).unwrap_or_default() {
+                self.drop(segment, number)?;
             }
         }
         Ok(())
     }
+
+    /// The application has closed its end of a connection, whose number somebody else may have next: what that one would
+    /// take for its own is forgotten. Completions stay.
+    pub fn forget(&mut self, segment: &mut Segment, channel: u64, connection: u32) -> Result<()> {
+        for parcel in self.parcels.iter_mut().filter(|parcel| parcel.channel == channel) {
+            if is_event(&self.bytes[parcel.start..parcel.start + parcel.len], connection) {
+                parcel.channel = NOBODY;
+            }
+        }
+        let Some(queue) = self.queues.get_mut(&channel) else { return Ok(()) };
+        let mut gone = Vec::new();
+        queue.retain(|number| {
+            let event = self.waiting.get(*number).is_some_and(|item| is_event(&item.bytes, connection));
+            if event {
+                gone.push(*number);
+            }
+            !event
+        });
+        if queue.is_empty() {
+            self.queues.remove(&channel);
+        }
+        gone.into_iter().try_for_each(|number| self.drop(segment, number))
+    }
+
+    fn drop(&mut self, segment: &mut Segment, number: u32) -> Result<()> {
+        if let Some(item) = self.waiting.remove(segment, number)? {
+            release(&mut self.held, item.connection);
+        }
+        Ok(())
+    }
+}
+
+/// Whether a message tells of something that happened to a connection without having been asked.
+fn is_event(bytes: &[u8], connection: u32) -> bool {
+    let kind = bytes.first().copied().and_then(Kind::of);
+    let told = bytes.get(4..).and_then(|rest| rest.first_chunk()).map(|number| u32::from_le_bytes(*number));
+    told == Some(connection) && matches!(kind, Some(Kind::Connected | Kind::Message | Kind::Datagram | Kind::Closed))
 }
 
 fn release(held: &mut HashMap<u32, u32>, connection: u32) {

@@ -24,6 +24,8 @@ pub struct Connection {
     pub link: u32,
     /// Tells this connection from an earlier one of the same number.
     pub cookie: u32,
+    /// This end asked for it.
+    pub asked: bool,
     /// The other host has not answered yet; `tag` is what the application calls the command.
     pub opening: bool,
     pub tag: u64,
@@ -81,18 +83,22 @@ impl Row for Name {
         let length = usize::try_from(word(row, 8)?).ok().filter(|length| (1..=NAME).contains(length))?;
         Some(Name { channel: word(row, 0)?, text: row.get(16..16 + length)?.to_vec() })
     }
+
+    fn owner(&self) -> Option<u64> {
+        Some(self.channel)
+    }
 }
 
 impl Row for Connection {
     const TABLE: &'static str = "connections";
     const BYTES: usize = 64;
     const COUNT: usize = 65_536;
-    const FIELDS: &'static str = r#"{"channel":"u8","peer":"u4","link":"u4","cookie":"u4","opening":"u4","tag":"u8","large":"u8","large_floor":"u8","floor":"u8","name":"u8"}"#;
+    const FIELDS: &'static str = r#"{"channel":"u8","peer":"u4","link":"u4","cookie":"u4","asked":"u2","opening":"u2","tag":"u8","large":"u8","large_floor":"u8","floor":"u8","name":"u8"}"#;
 
     fn write(&self, row: &mut [u8]) {
         put(row, 0, self.channel);
         put(row, 8, pair(self.peer, self.link));
-        put(row, 16, pair(self.cookie, self.opening.into()));
+        put(row, 16, pair(self.cookie, u32::from(self.asked) | u32::from(self.opening) << 16));
         put(row, 24, self.tag);
         put(row, 32, self.large);
         put(row, 40, self.large_floor);
@@ -107,13 +113,18 @@ impl Row for Connection {
             peer: ends as u32,
             link: (ends >> 32) as u32,
             cookie: opening as u32,
-            opening: opening >> 32 != 0,
+            asked: (opening >> 32) as u16 != 0,
+            opening: opening >> 48 != 0,
             tag: word(row, 24)?,
             large: word(row, 32)?,
             large_floor: word(row, 40)?,
             floor: word(row, 48)?,
             name: word(row, 56)? as u32,
         })
+    }
+
+    fn owner(&self) -> Option<u64> {
+        self.asked.then_some(self.channel)
     }
 }
 
@@ -137,6 +148,10 @@ impl Row for Region {
         let connection = u32::try_from(word(row, 32)?).ok()?;
         let piece = Piece { offset: word(row, 8)?, len: word(row, 16)? };
         Some(Region { channel: word(row, 0)?, key: both as u32, rights: (both >> 32) as u32, connection, piece })
+    }
+
+    fn owner(&self) -> Option<u64> {
+        Some(self.channel)
     }
 }
 
@@ -181,6 +196,10 @@ impl Row for Waiting {
             tag: word(row, 24)?,
             bytes,
         })
+    }
+
+    fn owner(&self) -> Option<u64> {
+        Some(self.channel)
     }
 }
 

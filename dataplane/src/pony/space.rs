@@ -10,9 +10,6 @@ use super::rows::Region;
 use crate::core::Core;
 use crate::state::{Result, Segment};
 
-/// Regions of one application.
-const MOST: usize = 1024;
-
 #[derive(Default)]
 pub struct Space {
     pub regions: Numbered<Region>,
@@ -52,7 +49,7 @@ impl Space {
         if let Err(status) = self.range(channel, piece) {
             return Ok(Err(status));
         }
-        if self.regions.iter().filter(|(_, region)| region.channel == channel).count() >= MOST {
+        if !self.regions.may_have(channel) {
             return Ok(Err(Status::Full));
         }
         // Handles of earlier regions must not come to mean this one, nor be guessed.

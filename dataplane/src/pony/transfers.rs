@@ -23,6 +23,8 @@ pub struct Transfers {
     queues: HashMap<u32, Queue>,
     /// Those of them that have both a message and a place.
     matched: BTreeSet<u32>,
+    /// Whose turn it was last.
+    last: u32,
     order: u64,
     /// Of the burst that just failed: how many of its operations were done.
     pub partial: u64,
@@ -149,22 +151,26 @@ impl Transfers {
         if self.matched.is_empty() {
             return Ok(0);
         }
-        let queue = |number: &u32| {
-            let queue = self.queues.get(number)?;
-            Some((*number, *queue.messages.front()?, *queue.places.front()?))
-        };
-        let pairs: Vec<(u32, u32, u32)> = self.matched.iter().filter_map(queue).collect();
-        for (number, message, place) in pairs {
-            let Some(to) = connections.get(number).map(|own| (End { number, channel: own.channel }, own.peer)) else {
-                continue;
-            };
-            let (to, peer) = to;
-            let Some(from) = connections.get(peer).map(|own| End { number: peer, channel: own.channel }) else {
-                continue;
-            };
+        let (before, after) = (self.matched.range(..=self.last), self.matched.range(self.last + 1..));
+        let turns: Vec<u32> = after.chain(before).copied().collect();
+        for number in turns {
+            if left == 0 {
+                break;
+            }
+            self.last = number;
+            let Some((message, place)) = self.first(number) else { continue };
+            let Some(own) = connections.get(number) else { continue };
+            let Some(peer) = connections.get(own.peer) else { continue };
+            let from = End { number: own.peer, channel: peer.channel };
+            let to = End { number, channel: own.channel };
             done += self.step(segment, (from, message), (to, place), space, outbox, &mut left)?;
         }
         Ok(done)
+    }
+
+    fn first(&self, connection: u32) -> Option<(u32, u32)> {
+        let queue = self.queues.get(&connection)?;
+        Some((*queue.messages.front()?, *queue.places.front()?))
     }
 
     fn step(

@@ -36,7 +36,7 @@ impl Desk {
         if self.far.port.is_none() {
             return Ok(Err(Status::Unreachable));
         }
-        if self.connections.left() == 0 || self.far.blobs.left() == 0 {
+        if !self.connections.may_have(channel) || self.connections.left() == 0 || self.far.blobs.left() == 0 {
             return Ok(Err(Status::Full));
         }
         let link = match self.far.by_host.get(host) {
@@ -47,7 +47,7 @@ impl Desk {
         self.far.cookie = self.far.cookie.wrapping_add(1);
         let name = self.far.blobs.insert(segment, Blob { bytes: name.to_vec() })?;
         let cookie = self.far.cookie;
-        let made = Connection { channel, link, cookie, opening: true, tag, name, ..Connection::default() };
+        let made = Connection { channel, link, cookie, asked: true, opening: true, tag, name, ..Connection::default() };
         let number = self.connections.insert(segment, made)?;
         self.far.end(number).credit = Some(0);
         if self.far.lines.contains_key(&link) {
