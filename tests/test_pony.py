@@ -28,7 +28,6 @@ from snap.modules.pony import (
     Status,
     TooLongError,
 )
-
 from tests import pony_commands
 from tests.conftest import OWNER_MAY_ALL, KernelProcess
 from tests.waiting import until
