@@ -1,7 +1,7 @@
 //! Things with numbers: in memory for speed, and in a table of the state, where they are found again after an upgrade
 //! or a crash.
 
-use std::collections::HashMap;
+use rustc_hash::FxHashMap;
 
 use crate::state::{Frame, Kind, ObjectSpec, Result, Segment, StateError, Table};
 
@@ -29,7 +29,7 @@ pub struct Numbered<T> {
     items: Vec<Option<T>>,
     free: Vec<u32>,
     /// How many each owner has.
-    shares: HashMap<u64, usize>,
+    shares: FxHashMap<u64, usize>,
     table: Option<Table>,
 }
 
@@ -38,7 +38,12 @@ const FIRST: u32 = 1;
 
 impl<T> Default for Numbered<T> {
     fn default() -> Self {
-        Numbered { items: (0..FIRST).map(|_| None).collect(), free: Vec::new(), shares: HashMap::new(), table: None }
+        Numbered {
+            items: (0..FIRST).map(|_| None).collect(),
+            free: Vec::new(),
+            shares: FxHashMap::default(),
+            table: None,
+        }
     }
 }
 

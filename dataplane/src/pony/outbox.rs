@@ -1,7 +1,9 @@
 //! Messages to applications other than the one whose command is being served. Those that find no room wait in the state,
 //! in order; nobody else waits for them.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashSet, VecDeque};
+
+use rustc_hash::FxHashMap;
 
 use super::command::Kind;
 use super::numbered::Numbered;
@@ -26,9 +28,9 @@ const MARGIN: usize = 512;
 pub struct Outbox {
     waiting: Numbered<Waiting>,
     /// Of each channel, the numbers of what waits for it.
-    queues: HashMap<u64, VecDeque<u32>>,
+    queues: FxHashMap<u64, VecDeque<u32>>,
     /// Of each connection, how many wait, or are about to be delivered.
-    held: HashMap<u32, u32>,
+    held: FxHashMap<u32, u32>,
     order: u64,
     parcels: Vec<Parcel>,
     bytes: Vec<u8>,
@@ -214,7 +216,7 @@ fn is_event(bytes: &[u8], connection: u32) -> bool {
     told == Some(connection) && matches!(kind, Some(Kind::Connected | Kind::Message | Kind::Datagram | Kind::Closed))
 }
 
-fn release(held: &mut HashMap<u32, u32>, connection: u32) {
+fn release(held: &mut FxHashMap<u32, u32>, connection: u32) {
     if let Some(count) = held.get_mut(&connection) {
         *count -= 1;
         if *count == 0 {

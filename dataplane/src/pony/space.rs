@@ -1,7 +1,8 @@
 //! The memory that applications share: arenas, and the regions in them.
 
-use std::collections::HashMap;
 use std::sync::Arc;
+
+use rustc_hash::FxHashMap;
 
 use super::command::{Handle, Piece, Status, ATOMIC, READ, WRITE};
 use super::memory::{Place, Regions};
@@ -13,7 +14,7 @@ use crate::state::{Result, Segment};
 #[derive(Default)]
 pub struct Space {
     pub regions: Numbered<Region>,
-    pub arenas: HashMap<u64, Arc<Core>>,
+    pub arenas: FxHashMap<u64, Arc<Core>>,
     pub keys: u32,
 }
 

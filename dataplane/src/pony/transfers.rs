@@ -1,7 +1,9 @@
 //! Large messages: they wait in the sender's arena until the receiver has posted a place, and are copied there piece by
 //! piece, so that nobody else waits for them.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
+
+use rustc_hash::FxHashMap;
 
 use super::command::{answer, Kind, Piece, Status};
 use super::memory;
@@ -20,7 +22,7 @@ const MOST: usize = 64;
 pub struct Transfers {
     items: Numbered<Transfer>,
     /// By the receiver's end of a connection.
-    queues: HashMap<u32, Queue>,
+    queues: FxHashMap<u32, Queue>,
     /// Those of them that have both a message and a place.
     matched: BTreeSet<u32>,
     /// Whose turn it was last.

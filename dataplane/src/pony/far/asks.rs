@@ -1,10 +1,11 @@
 //! Operations on the memory of another host's applications: cut into parts that fit packets, asked for, and put together from
 //! their answers.
 
-use std::collections::{HashMap, HashSet};
+use rustc_hash::FxHashMap;
 
 use super::frame::{self, Ends, Part, Writer};
 use super::line::Line;
+use super::ranges::Ranges;
 use super::rows::{Ask, Blob, BODY};
 use super::{transmit, Far, ASKS};
 use crate::layout::INLINE_MAX;
@@ -132,7 +133,7 @@ pub struct Progress {
     what: What,
     plan: Plan,
     /// Which parts were answered.
-    answered: HashSet<u32>,
+    answered: Ranges,
     status: Status,
     /// The first number of a burst that failed; what is answered otherwise.
     bad: u64,
@@ -144,7 +145,7 @@ pub struct Progress {
 pub struct View<'a> {
     pub asks: &'a Numbered<Ask>,
     pub blobs: &'a Numbered<Blob>,
-    pub progress: &'a HashMap<u32, Progress>,
+    pub progress: &'a FxHashMap<u32, Progress>,
 }
 
 impl View<'_> {
@@ -349,7 +350,7 @@ impl Desk {
         if progress.attempt != part.attempt || u64::from(part.part) >= progress.plan.parts {
             return Ok(());
         }
-        if !progress.answered.insert(part.part) {
+        if !progress.answered.add(part.part.into(), u64::from(part.part) + 1) {
             return Ok(());
         }
         if let Some(line) = lines.get_mut(&link) {
@@ -359,7 +360,7 @@ impl Desk {
         let fits = progress.take(&self.space, own.channel, part.part.into(), bytes);
         let status = if fits || status != Status::Ok { status } else { Status::Bad };
         progress.note(part.part.into(), status, value);
-        if progress.answered.len() as u64 == progress.plan.parts {
+        if progress.answered.floor() == progress.plan.parts {
             self.finish_ask(segment, row, None)?;
         }
         self.far.rouse(link);
@@ -455,7 +456,7 @@ impl Far {
             attempt: self.attempts,
             what,
             plan: Plan::of(&what, line),
-            answered: HashSet::new(),
+            answered: Ranges::default(),
             status: Status::Ok,
             bad: u64::MAX,
             value: 0,

@@ -20,6 +20,8 @@ mod transmit;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
+use rustc_hash::FxHashMap;
+
 use self::asks::Progress;
 use self::line::{Item, Line};
 use self::ranges::Ranges;
@@ -28,6 +30,7 @@ use super::flow::{Nanos, Wheel};
 use super::numbered::Numbered;
 use super::port::Port;
 use crate::state::{Frame, ObjectSpec, Result, Segment};
+use crate::stats::monotonic_ns;
 
 /// Large messages of one connection that may be under way.
 const EXPORTS: usize = 64;
@@ -95,26 +98,26 @@ struct Import {
 pub struct Far {
     links: Numbered<Link>,
     by_host: HashMap<Vec<u8>, u32>,
-    lines: HashMap<u32, Box<Line>>,
+    lines: FxHashMap<u32, Box<Line>>,
     streams: Numbered<Stream>,
     by_stream: HashMap<(u32, u16), u32>,
     sending: Numbered<Sending>,
     /// Of each row of `sending`: which pieces the peer has.
-    acked: HashMap<u32, u16>,
+    acked: FxHashMap<u32, u16>,
     held: Numbered<Held>,
     by_held: HashMap<(u32, u16, u64), u32>,
     exports: Numbered<Export>,
     asks: Numbered<Ask>,
-    progress: HashMap<u32, Progress>,
+    progress: FxHashMap<u32, Progress>,
     /// Of operations, so that answers to an earlier one are known.
     attempts: u32,
     blobs: Numbered<Blob>,
     endings: Numbered<Ending>,
-    ends: HashMap<u32, End>,
+    ends: FxHashMap<u32, End>,
     /// By link and number of the peer's end.
     by_peer: HashMap<(u32, u32), u32>,
     /// Of each link, how many.
-    peers: HashMap<u32, u32>,
+    peers: FxHashMap<u32, u32>,
     cookie: u32,
     epoch: u32,
     id: u64,
@@ -125,16 +128,20 @@ pub struct Far {
     /// Of the port's burst: how many packets there are, and how many were looked at.
     burst: usize,
     looked: usize,
+    burst_at: Nanos,
+    /// When the engine slept last.
+    slept_at: Nanos,
+    woke_at: Nanos,
     opened: Vec<u8>,
     /// The port has no room.
     blocked: bool,
     said: VecDeque<Vec<u8>>,
     /// Hosts that are wanted: when that was said last.
-    wanted: HashMap<u32, Nanos>,
+    wanted: FxHashMap<u32, Nanos>,
     tokens: Vec<u64>,
     looked_around: Nanos,
     /// Why control code found no way to a host, until it does.
-    refusals: HashMap<u32, String>,
+    refusals: FxHashMap<u32, String>,
     /// The state was changed outside of a poll, and is not permanent before the next one ends.
     hold: bool,
 }
@@ -257,6 +264,7 @@ impl Far {
             return None;
         }
         let next = self.wheel.as_ref().and_then(Wheel::next).unwrap_or(Nanos::MAX);
+        self.slept_at = now;
         (next > now).then_some(next)
     }
 
@@ -266,6 +274,7 @@ impl Far {
     }
 
     pub fn wake(&mut self) {
+        self.woke_at = monotonic_ns();
         if let Some(port) = &mut self.port {
             port.disarm();
         }

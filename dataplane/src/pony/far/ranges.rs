@@ -23,19 +23,22 @@ impl Ranges {
         self.beyond.len()
     }
 
-    /// Bytes `start` to before `end` came.
-    pub fn add(&mut self, start: u64, end: u64) {
+    /// Bytes `start` to before `end` came. Whether any of them were not there.
+    pub fn add(&mut self, start: u64, end: u64) -> bool {
         let (mut start, mut end) = (start.max(self.floor), end);
         if start >= end {
-            return;
+            return false;
         }
         if start == self.floor && self.beyond.is_empty() {
             self.floor = end;
-            return;
+            return true;
         }
         let first = self.beyond.partition_point(|range| range.1 < start);
         let last = self.beyond.partition_point(|range| range.0 <= end);
         if first < last {
+            if self.beyond[first].0 <= start && end <= self.beyond[first].1 {
+                return false;
+            }
             start = start.min(self.beyond[first].0);
             end = end.max(self.beyond[last - 1].1);
         }
@@ -43,6 +46,7 @@ impl Ranges {
         if self.beyond[0].0 <= self.floor {
             self.floor = self.beyond.remove(0).1;
         }
+        true
     }
 }
 
@@ -57,7 +61,8 @@ mod tests {
             let mut ranges = Ranges::default();
             let mut there = [false; 200];
             for (start, len) in steps {
-                ranges.add(start, start + len);
+                let new = there[start as usize..(start + len) as usize].iter().any(|there| !there);
+                prop_assert_eq!(ranges.add(start, start + len), new);
                 there[start as usize..(start + len) as usize].fill(true);
                 let floor = there.iter().position(|there| !there).unwrap_or(200);
                 prop_assert_eq!(ranges.floor(), floor as u64);

@@ -7,7 +7,7 @@ use super::line::Item;
 use super::ranges::Ranges;
 use super::resync::pieces;
 use super::rows::{Held, Sending, Stream};
-use super::{CONNECTIONS, PARTIAL, STREAMS};
+use super::{Far, CONNECTIONS, PARTIAL, STREAMS};
 use crate::pony::command::{answer, Kind, Reader, Status};
 use crate::pony::desk::Desk;
 use crate::pony::flow::wire::{self, Header, PAYLOAD, SEALED};
@@ -22,6 +22,23 @@ const PACKETS: usize = 128;
 const BYTES: usize = 256 * 1024;
 /// Rows for messages that came too early: with fewer left, such messages have to come again.
 const MARGIN: usize = 512;
+
+/// When a packet was taken in, and how long it had waited for that. What the engine slept meanwhile counts for neither: a
+/// wake-up is no queue, and slower senders would not make it faster.
+#[derive(Clone, Copy)]
+struct Came {
+    taken: Nanos,
+    queued: Nanos,
+}
+
+impl Far {
+    /// Of a packet that is looked at now, and had waited so long when it was received.
+    fn came(&self, now: Nanos, waited: Nanos) -> Came {
+        let arrived = self.burst_at.saturating_sub(waited);
+        let asleep = self.woke_at.saturating_sub(arrived.max(self.slept_at));
+        Came { taken: now - asleep, queued: (now - arrived).saturating_sub(asleep) }
+    }
+}
 
 impl Desk {
     /// Take in packets; how many. Raises `Full`, `Os`.
@@ -39,15 +56,17 @@ impl Desk {
                     source: std::io::Error::other(error.to_string()),
                 })?;
                 now = monotonic_ns();
+                self.far.burst_at = now;
                 if self.far.burst == 0 {
                     break;
                 }
             }
             let (packet, from) = port.packet(self.far.looked);
+            let came = self.far.came(now, port.waited(self.far.looked));
             self.far.looked += 1;
             done += 1;
             bytes += packet.len();
-            outcome = self.packet(segment, now, packet, from.ip());
+            outcome = self.packet(segment, came, packet, from.ip());
         }
         self.far.port = Some(port);
         outcome?;
@@ -55,7 +74,7 @@ impl Desk {
         Ok(done)
     }
 
-    fn packet(&mut self, segment: &mut Segment, now: Nanos, packet: &[u8], from: std::net::IpAddr) -> Result<()> {
+    fn packet(&mut self, segment: &mut Segment, came: Came, packet: &[u8], from: std::net::IpAddr) -> Result<()> {
         let Ok((_, flags, flow, number)) = wire::clear(packet) else { return Ok(()) };
         let link = flow & 0xffff;
         let salt = (flow >> 16) as u16;
@@ -80,7 +99,7 @@ impl Desk {
         };
         let parsed = plain.and_then(|plain| Header::parse(plain).ok());
         let outcome = match parsed {
-            Some((header, payload)) => self.take_packet(segment, now, link, &header, payload),
+            Some((header, payload)) => self.take_packet(segment, came, link, &header, payload),
             None => {
                 line.bad += 1;
                 Ok(())
@@ -93,7 +112,7 @@ impl Desk {
     fn take_packet(
         &mut self,
         segment: &mut Segment,
-        now: Nanos,
+        came: Came,
         link: u32,
         header: &Header,
         payload: &[u8],
@@ -104,7 +123,7 @@ impl Desk {
             header.flags &= !PAYLOAD;
         }
         let Some(line) = self.far.lines.get_mut(&link) else { return Ok(()) };
-        let receipt = match line.flow.receive(now, &header, 0) {
+        let receipt = match line.flow.receive(came.taken, &header, came.queued) {
             Ok(receipt) => receipt,
             Err(_) => {
                 line.bad += 1;

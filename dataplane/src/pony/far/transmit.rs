@@ -1,5 +1,7 @@
 //! What goes out. Packets are written when the port has room and the flow lets them go, from what the state says then.
 
+use rustc_hash::FxHashMap;
+
 use super::frame::{self, Ends, Frame, Writer};
 use super::line::{Item, Line, PARTS};
 use super::rows::{Export, Sending};
@@ -12,9 +14,13 @@ use crate::pony::numbered::Numbered;
 use crate::pony::port::Port;
 use crate::pony::rows::Connection;
 use crate::pony::space::Space;
+use crate::stats::monotonic_ns;
 
 /// Packets of one line before another has its turn.
-const TURN: usize = 32;
+const TURN: usize = 64;
+/// Bytes of packets that leave at once: about as many as go through the network as one. The peer works on them while the
+/// next are written.
+const FLUSH: usize = 60_000;
 /// Less of a large message is not worth a place in a packet with other things.
 const LEAST_PIECE: usize = 256;
 
@@ -25,7 +31,7 @@ pub struct View<'a> {
     pub sending: &'a Numbered<Sending>,
     pub exports: &'a Numbered<Export>,
     pub asks: asks::View<'a>,
-    pub ends: &'a std::collections::HashMap<u32, End>,
+    pub ends: &'a FxHashMap<u32, End>,
 }
 
 impl Desk {
@@ -68,20 +74,24 @@ impl Desk {
 
     /// Packets of one line: how many, and whether it wants another turn soon.
     fn push(&mut self, line: &mut Line, port: &mut dyn Port, now: Nanos) -> (usize, bool) {
+        let (mut now, mut bytes) = (now, 0);
         for count in 0..TURN {
+            if bytes >= FLUSH {
+                // What cannot leave waits for room, which `frame` tells.
+                let _ = port.flush();
+                (now, bytes) = (monotonic_ns(), 0);
+            }
             if port.frame().is_none() && (port.flush().is_err() || port.frame().is_none()) {
                 self.far.blocked = true;
                 return (count, true);
             }
             let went = match line.flow.poll(now) {
-                Send::Again(token) => {
-                    self.write(line, port, now, Some(token));
-                    true
-                }
+                Send::Again(token) => Some(self.write(line, port, now, Some(token)).unwrap_or(0)),
                 Send::New if line.has_work() => self.write(line, port, now, None),
-                Send::New | Send::Nothing => false,
+                Send::New | Send::Nothing => None,
             };
-            if !went {
+            bytes += went.unwrap_or(0);
+            if went.is_none() {
                 if line.flow.ack_due(now) {
                     let header = line.flow.ack(now);
                     if let Some(frame) = port.frame() {
@@ -96,11 +106,10 @@ impl Desk {
         (TURN, true)
     }
 
-    /// Write one packet, anew or once more. False when there turned out to be nothing to say.
-    fn write(&mut self, line: &mut Line, port: &mut dyn Port, now: Nanos, again: Option<u64>) -> bool {
+    /// Write one packet, anew or once more: its bytes. None when there turned out to be nothing to say.
+    fn write(&mut self, line: &mut Line, port: &mut dyn Port, now: Nanos, again: Option<u64>) -> Option<usize> {
         let (start, room) = (line.attached.version.header(), line.room());
-        let Some(frame) = port.frame() else { return false };
-        let Some(body) = frame.get_mut(start..start + room) else { return false };
+        let body = port.frame()?.get_mut(start..start + room)?;
         let mut writer = Writer::new(body);
         let Far { sending, exports, asks, blobs, progress, ends, .. } = &self.far;
         let asks = asks::View { asks, blobs, progress };
@@ -130,18 +139,16 @@ impl Desk {
                 line.packets.at(token).items = items;
                 if nothing {
                     line.packets.give_back(token);
-                    return false;
+                    return None;
                 }
                 u64::from(token)
             }
         };
         let len = writer.len() as u16;
         let header = line.flow.header(now, token, len);
-        if let Some(frame) = port.frame() {
-            let len = finish(line, header, frame);
-            port.push(len, line.attached.address, line.flow.path.number);
-        }
-        true
+        let len = finish(line, header, port.frame()?);
+        port.push(len, line.attached.address, line.flow.path.number);
+        Some(len)
     }
 
     /// Have the wheel look at the line when it has to.

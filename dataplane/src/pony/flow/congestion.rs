@@ -16,7 +16,7 @@ pub enum Algorithm {
 pub struct Sample {
     /// Without the time that the receiver took to acknowledge.
     pub rtt: Nanos,
-    /// The part of it that the packet waited at the receiver.
+    /// The part of it that the packet waited at the receiver, and its acknowledgement here.
     pub queued: Nanos,
     /// Packets acknowledged for the first time.
     pub acked: u32,

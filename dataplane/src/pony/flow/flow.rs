@@ -183,7 +183,7 @@ impl Flow {
             None => self.begin_epoch(header),
         }
         self.counts.received += 1;
-        self.take_ack(now, header)?;
+        self.take_ack(now, header, queued)?;
         if header.number >= self.echo_number {
             self.echo_number = header.number;
             (self.echo, self.echo_at) = (header.sent_at, now);
@@ -220,7 +220,7 @@ impl Flow {
         (self.unacked, self.ack_now) = (0, false);
     }
 
-    fn take_ack(&mut self, now: Nanos, header: &Header) -> Result<(), PeerError> {
+    fn take_ack(&mut self, now: Nanos, header: &Header, queued: Nanos) -> Result<(), PeerError> {
         let acked = self.flight.on_ack(now, header, &self.rtt, &mut self.acked)?;
         if acked.packets == 0 {
             return Ok(());
@@ -231,7 +231,8 @@ impl Flow {
             let trip = (now as u32).wrapping_sub(header.echo).wrapping_sub(header.hold);
             // More than two seconds is a clock that wrapped, or a lie.
             if trip < 1 << 31 {
-                let sample = Sample { rtt: Nanos::from(trip), queued: header.queued.into(), acked: acked.packets };
+                let queued = Nanos::from(header.queued) + queued;
+                let sample = Sample { rtt: Nanos::from(trip), queued, acked: acked.packets };
                 self.rtt.sample(now, header.sent_at, sample.rtt);
                 // A look says nothing about the share of the path that this flow may have.
                 if !self.rtt.looking() || self.congestion.window() < 1.0 {

@@ -184,6 +184,10 @@ impl<P: Port, C: Fn() -> u64> Port for Faulty<P, C> {
         self.inner.packet(index)
     }
 
+    fn waited(&self, index: usize) -> u64 {
+        self.inner.waited(index)
+    }
+
     fn fd(&self) -> BorrowedFd<'_> {
         self.inner.fd()
     }

@@ -79,6 +79,11 @@ pub trait Port {
     /// One packet of the burst, and who says to have sent it. Panics when `index` is not below what `receive` told.
     fn packet(&self, index: usize) -> (&[u8], Address);
 
+    /// How long that packet had been at this host when it was received, in ns; 0 where nobody knows.
+    fn waited(&self, _index: usize) -> u64 {
+        0
+    }
+
     /// Readable when packets may have come, once `arm` was called.
     fn fd(&self) -> BorrowedFd<'_>;
 
@@ -116,6 +121,9 @@ impl<P: Port + ?Sized> Port for Box<P> {
     }
     fn packet(&self, index: usize) -> (&[u8], Address) {
         (**self).packet(index)
+    }
+    fn waited(&self, index: usize) -> u64 {
+        (**self).waited(index)
     }
     fn fd(&self) -> BorrowedFd<'_> {
         (**self).fd()

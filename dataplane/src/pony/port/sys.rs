@@ -26,6 +26,8 @@ pub struct Outgoing<'a> {
 pub struct Incoming {
     pub len: usize,
     pub segment: Option<usize>,
+    /// When it reached this host, in ns since 1970, if the socket tells.
+    pub arrived: Option<u64>,
     pub cut: bool,
     pub from: SocketAddr,
 }
@@ -39,13 +41,15 @@ union Name {
     v6: sockaddr_in6,
 }
 
-/// Room for one control message with a number, aligned as `cmsghdr` wants it.
+/// Room for one control message with a number and one with a time, aligned as `cmsghdr` wants it.
 #[derive(Clone, Copy)]
 #[repr(C, align(8))]
 struct Control([u8; CONTROL]);
 
-// SAFETY: arithmetic on a length.
-const CONTROL: usize = unsafe { libc::CMSG_SPACE(size_of::<c_int>() as c_uint) } as usize;
+// SAFETY: arithmetic on lengths.
+const CONTROL: usize =
+    unsafe { libc::CMSG_SPACE(size_of::<c_int>() as c_uint) + libc::CMSG_SPACE(size_of::<libc::timespec>() as c_uint) }
+        as usize;
 
 impl Name {
     fn new(address: SocketAddr) -> (Name, libc::socklen_t) {
@@ -158,11 +162,15 @@ pub fn receive(fd: BorrowedFd<'_>, buffer: &mut [u8], stride: usize, incoming: &
     };
     let received = usize::try_from(received).map_err(|_| io::Error::last_os_error())?;
     let nobody = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-    incoming.extend(headers.iter().zip(&names).take(received).map(|(header, name)| Incoming {
-        len: (header.msg_len as usize).min(stride),
-        segment: segment_size(&header.msg_hdr),
-        cut: header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0,
-        from: name.address().unwrap_or(nobody),
+    incoming.extend(headers.iter().zip(&names).take(received).map(|(header, name)| {
+        let (segment, arrived) = said(&header.msg_hdr);
+        Incoming {
+            len: (header.msg_len as usize).min(stride),
+            segment,
+            arrived,
+            cut: header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0,
+            from: name.address().unwrap_or(nobody),
+        }
     }));
     Ok(())
 }
@@ -174,18 +182,29 @@ fn describe(header: &mut msghdr, part: &mut iovec, name: &mut Name, name_len: li
     header.msg_iovlen = 1;
 }
 
-/// The size of the packets that were merged into a message. `header` is one that `recvmmsg` filled.
-fn segment_size(header: &msghdr) -> Option<usize> {
-    // SAFETY: the operating system wrote `msg_controllen` bytes of control messages at `msg_control`, whole and aligned; a
-    // segment's size is an `int`.
-    let segment = unsafe {
-        let first = libc::CMSG_FIRSTHDR(header);
-        if first.is_null() || (*first).cmsg_level != libc::SOL_UDP || (*first).cmsg_type != libc::UDP_GRO {
-            return None;
+/// The size of the packets that were merged into a message, and when it arrived. `header` is one that `recvmmsg` filled.
+fn said(header: &msghdr) -> (Option<usize>, Option<u64>) {
+    let (mut segment, mut arrived) = (None, None);
+    // SAFETY: the operating system wrote `msg_controllen` bytes of control messages at `msg_control`, whole and aligned.
+    let mut next: *const cmsghdr = unsafe { libc::CMSG_FIRSTHDR(header) };
+    while !next.is_null() {
+        // SAFETY: not null, so a whole control message; a segment's size is an `int`, a time a `timespec`.
+        unsafe {
+            let data = libc::CMSG_DATA(next);
+            match ((*next).cmsg_level, (*next).cmsg_type) {
+                (libc::SOL_UDP, libc::UDP_GRO) => {
+                    segment = usize::try_from(data.cast::<c_int>().read_unaligned()).ok().filter(|size| *size > 0);
+                }
+                (libc::SOL_SOCKET, libc::SCM_TIMESTAMPNS) => {
+                    let time = data.cast::<libc::timespec>().read_unaligned();
+                    arrived = u64::try_from(time.tv_sec).ok().map(|whole| whole * 1_000_000_000 + time.tv_nsec as u64);
+                }
+                _ => {}
+            }
+            next = libc::CMSG_NXTHDR(header, next);
         }
-        libc::CMSG_DATA(first).cast::<c_int>().read_unaligned()
-    };
-    usize::try_from(segment).ok().filter(|size| *size > 0)
+    }
+    (segment, arrived)
 }
 
 pub fn set_option(fd: BorrowedFd<'_>, level: c_int, name: c_int, value: c_int) -> io::Result<()> {

@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::sys::{self, Incoming, Outgoing, BATCH};
 use super::{Address, Port, PortError, Result, Statistics};
@@ -74,6 +75,8 @@ pub struct Udp {
     buffer: Box<[u8]>,
     incoming: Vec<Incoming>,
     pieces: Vec<Piece>,
+    /// When the burst was taken, in ns since 1970.
+    received_at: u64,
     overflows_before: u32,
     statistics: Statistics,
 }
@@ -99,6 +102,7 @@ impl Udp {
             ..Statistics::default()
         };
         let _ = sys::set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, SOCKET_BUFFER);
+        let _ = sys::set_option(fd, libc::SOL_SOCKET, libc::SO_TIMESTAMPNS, 1);
         for lane in &lanes[1..] {
             // Nobody reads there: let the system throw away what comes.
             let _ = sys::set_option(lane.socket.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUF, 0);
@@ -114,6 +118,7 @@ impl Udp {
             buffer: vec![0; BATCH * STRIDE].into(),
             incoming: Vec::with_capacity(BATCH),
             pieces: Vec::with_capacity(BATCH * MAX_SEGMENTS),
+            received_at: 0,
             overflows_before,
             statistics,
         })
@@ -248,7 +253,11 @@ impl Port for Udp {
         self.pieces.clear();
         self.statistics.received_calls += 1;
         match sys::receive(self.lanes[0].socket.as_fd(), &mut self.buffer, STRIDE, &mut self.incoming) {
-            Ok(()) => self.split(),
+            Ok(()) => {
+                self.received_at =
+                    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
+                self.split();
+            }
             Err(error) => match reaction(&error, 1) {
                 Reaction::Fail => return Err(os("recvmmsg", error)),
                 // Nothing there, or news of a packet that some host refused.
@@ -261,6 +270,11 @@ impl Port for Udp {
     fn packet(&self, index: usize) -> (&[u8], Address) {
         let piece = &self.pieces[index];
         (&self.buffer[piece.start..piece.start + piece.len], self.incoming[piece.message].from)
+    }
+
+    fn waited(&self, index: usize) -> u64 {
+        let arrived = self.incoming[self.pieces[index].message].arrived;
+        arrived.map_or(0, |arrived| self.received_at.saturating_sub(arrived))
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
