@@ -2,9 +2,10 @@
 
 use std::collections::HashMap;
 
+use super::bursts::{self, Each, Numbers};
 use super::command::{answer, Access, Burst, Head, Kind, Piece, Reader, Short, Single, Status, ANSWER, INLINE, NAME};
 use super::far::Far;
-use super::memory::{self, Each, Numbers, Regions, Sink};
+use super::memory::{Regions, Sink};
 use super::numbered::Numbered;
 use super::outbox::Outbox;
 use super::port::Port;
@@ -446,7 +447,7 @@ impl Desk {
         }
         let seen = self.space.seen(peer.channel, number);
         let place = seen.find(burst.region)?;
-        Ok(memory::burst(each, place, &seen, &numbers, (own, range.start), burst.size, burst.count as usize))
+        bursts::burst(each, place, &seen, &numbers, (own, range.start), burst.size, burst.count as usize)
     }
 }
 

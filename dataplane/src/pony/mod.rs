@@ -1,5 +1,6 @@
 //! Pony Express: messages, datagrams and one-sided operations between applications, on one host and between hosts.
 
+mod bursts;
 pub mod command;
 mod desk;
 mod engine;

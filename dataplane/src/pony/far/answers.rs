@@ -5,9 +5,10 @@ use super::frame::{self, Ends, Frame, Part, Writer};
 use super::line::{Item, Slot};
 use super::rows::Ending;
 use super::{transmit, ENDINGS, REQUESTS};
+use crate::pony::bursts::{self, Each};
 use crate::pony::command::{Access, Kind, Reader, Scan, Short, Status};
 use crate::pony::desk::Desk;
-use crate::pony::memory::{self, Each, Regions, Sink};
+use crate::pony::memory::{Regions, Sink};
 use crate::pony::rows::{Connection, ECHO};
 use crate::pony::space::Seen;
 use crate::state::{Result, Segment};
@@ -75,10 +76,11 @@ fn read(kind: u8, body: &[u8], seen: &Seen<'_>, out: &mut [u8]) -> std::result::
         Err(status) => return Ok((status, 0, 0)),
     };
     if matches!(kind, Kind::Reads | Kind::Indirects) {
-        let part = memory::Part { cap: reader.u32()?, skip: reader.u32()?, want: reader.u32()? };
+        let part = bursts::Part { cap: reader.u32()?, skip: reader.u32()?, want: reader.u32()? };
         reader.u16()?;
         let each = if kind == Kind::Reads { Each::Read } else { Each::Indirect };
-        let (done, status) = memory::collect(each, place, seen, reader.rest(), part, out);
+        let (done, status) =
+            bursts::collect(each, place, seen, reader.rest(), part, out).unwrap_or_else(|status| (0, status));
         return Ok((status, done as u64, (done * part.want as usize).min(out.len())));
     }
     if kind == Kind::Read {

@@ -9,11 +9,11 @@ use super::ranges::Ranges;
 use super::rows::{Ask, Blob, BODY};
 use super::{transmit, Far, ASKS};
 use crate::layout::INLINE_MAX;
+use crate::pony::bursts::Each;
 use crate::pony::command::{
     answer, Access, Burst, Handle, Head, Kind, Piece, Reader, Scan, Short, Single, Status, ANSWER, INLINE,
 };
 use crate::pony::desk::{Desk, Order, Outcome};
-use crate::pony::memory::Each;
 use crate::pony::numbered::Numbered;
 use crate::pony::rows::{Connection, SMALL};
 use crate::pony::space::Space;
