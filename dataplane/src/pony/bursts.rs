@@ -77,6 +77,9 @@ pub fn burst(
     size: u32,
     count: usize,
 ) -> Result<(usize, Status), Status> {
+    if count == 0 {
+        return Ok((0, Status::Ok));
+    }
     let own = core.arena().ok_or(Status::OutOfRange)?;
     let window = place.window(if each == Each::Write { WRITE } else { READ })?;
     let mine = |index: usize| start + index * size as usize;
@@ -112,6 +115,9 @@ pub fn collect(
     part: Part,
     out: &mut [u8],
 ) -> Result<(usize, Status), Status> {
+    if numbers.is_empty() {
+        return Ok((0, Status::Ok));
+    }
     let (window, width, want) = (place.window(READ)?, each.width(), part.want as usize);
     // No more than there is room for.
     let count = (numbers.len() / width).min(out.len().checked_div(want).unwrap_or(usize::MAX));

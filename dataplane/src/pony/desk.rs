@@ -190,7 +190,7 @@ impl Desk {
         if name.starts_with(b".") || self.by_name.contains_key(name) {
             return Ok(Err(Status::Taken));
         }
-        if !self.names.may_have(channel) {
+        if !self.names.may_have(channel, 1) {
             return Ok(Err(Status::Full));
         }
         let number = self.names.insert(segment, Name { channel, text: name.to_vec() })?;
@@ -209,7 +209,7 @@ impl Desk {
         }
         let owner = if name == b".echo" { Some(ECHO) } else { self.bound(name) };
         let Some(owner) = owner else { return Ok(Err(Status::NoPeer)) };
-        if !self.connections.may_have(order.channel) || self.connections.left() < 2 {
+        if !self.connections.may_have(order.channel, 2) {
             return Ok(Err(Status::Full));
         }
         let made = Connection { channel: order.channel, asked: true, ..Connection::default() };

@@ -5,6 +5,11 @@ use rustc_hash::FxHashMap;
 
 use crate::state::{Frame, Kind, ObjectSpec, Result, Segment, StateError, Table};
 
+/// Another host as the owner of what it has here: no channel has such a number.
+pub fn of_link(link: u32) -> u64 {
+    1 << 63 | u64::from(link)
+}
+
 /// What `Numbered` holds, and how a row of its table looks.
 pub trait Row: Sized {
     const TABLE: &'static str;
@@ -19,7 +24,7 @@ pub trait Row: Sized {
     /// None when the bytes can be no row.
     fn read(row: &[u8]) -> Option<Self>;
 
-    /// The channel of the application that asked for it, where that has to be counted.
+    /// Who it is for, where that has to be counted: an application's channel, or a `Link` (`of_link`).
     fn owner(&self) -> Option<u64> {
         None
     }
@@ -96,11 +101,11 @@ impl<T: Row> Numbered<T> {
         T::COUNT - self.items.len().max(FIRST as usize) + self.free.len()
     }
 
-    /// Whether an application may ask for another one: nobody has more than is left for others, so that there is always
+    /// Whether an owner may have so many more: nobody has more than is left for others, so that there is always
     /// something left for those who have little. (Choudhury and Hahne, "Dynamic queue length thresholds for
     /// shared-memory packet switches", 1998, with a factor of 1.)
-    pub fn may_have(&self, owner: u64) -> bool {
-        self.shares.get(&owner).is_none_or(|share| *share < self.left())
+    pub fn may_have(&self, owner: u64, more: usize) -> bool {
+        self.shares.get(&owner).copied().unwrap_or(0) + more <= self.left()
     }
 
     fn count(&mut self, item: &T) {
@@ -109,8 +114,8 @@ impl<T: Row> Numbered<T> {
         }
     }
 
-    fn uncount(&mut self, item: &T) {
-        let Some(owner) = item.owner() else { return };
+    fn uncount(&mut self, owner: Option<u64>) {
+        let Some(owner) = owner else { return };
         if let Some(share) = self.shares.get_mut(&owner) {
             *share -= 1;
             if *share == 0 {
@@ -138,9 +143,12 @@ impl<T: Row> Numbered<T> {
     /// Change an item that is there. Raises `Full`.
     pub fn update(&mut self, segment: &mut Segment, number: u32, change: impl FnOnce(&mut T)) -> Result<()> {
         let Some(mut item) = self.items.get_mut(number as usize).and_then(Option::take) else { return Ok(()) };
-        self.uncount(&item);
+        let owner = item.owner();
         change(&mut item);
-        self.count(&item);
+        if item.owner() != owner {
+            self.uncount(owner);
+            self.count(&item);
+        }
         let stored = self.store(segment, number, &item);
         self.items[number as usize] = Some(item);
         stored
@@ -149,7 +157,7 @@ impl<T: Row> Numbered<T> {
     pub fn remove(&mut self, segment: &mut Segment, number: u32) -> Result<Option<T>> {
         let Some(item) = self.items.get_mut(number as usize).and_then(Option::take) else { return Ok(None) };
         self.free.push(number);
-        self.uncount(&item);
+        self.uncount(item.owner());
         if let Some(table) = &self.table {
             table.delete(segment, &u64::from(number).to_le_bytes())?;
         }

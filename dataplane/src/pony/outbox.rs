@@ -149,7 +149,7 @@ impl Outbox {
 
     fn keep(&mut self, segment: &mut Segment, parcel: &Parcel) -> Result<()> {
         let waiting = self.queues.get(&parcel.channel).map_or(0, VecDeque::len);
-        if waiting >= MOST || !self.waiting.may_have(parcel.channel) {
+        if waiting >= MOST || !self.waiting.may_have(parcel.channel, 1) {
             self.overrun.insert(parcel.channel);
             self.settle(parcel.connection);
             return Ok(());

@@ -1,7 +1,7 @@
 //! What the engine knows of its applications, as rows of its state.
 
 use super::command::{Handle, Piece, NAME};
-use super::numbered::Row;
+use super::numbered::{of_link, Row};
 
 /// A name that an application answers to.
 pub struct Name {
@@ -124,7 +124,11 @@ impl Row for Connection {
     }
 
     fn owner(&self) -> Option<u64> {
-        self.asked.then_some(self.channel)
+        match (self.asked, self.link) {
+            (true, _) => Some(self.channel),
+            (false, 0) => None,
+            (false, link) => Some(of_link(link)),
+        }
     }
 }
 

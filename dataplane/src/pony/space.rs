@@ -50,7 +50,7 @@ impl Space {
         if let Err(status) = self.range(channel, piece) {
             return Ok(Err(status));
         }
-        if !self.regions.may_have(channel) {
+        if !self.regions.may_have(channel, 1) {
             return Ok(Err(Status::Full));
         }
         // Handles of earlier regions must not come to mean this one, nor be guessed.

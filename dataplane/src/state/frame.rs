@@ -90,7 +90,7 @@ impl Frame {
     /// `Usage`, `Os`.
     pub fn log_for(fd: BorrowedFd<'_>, schema: &Schema) -> Result<usize> {
         let size = size_of(fd)?;
-        let wished = (size / 16).next_multiple_of(layout::PAGE).max(layout::LOG_BYTES);
+        let wished = (size / 8).next_multiple_of(layout::PAGE).max(layout::LOG_BYTES);
         let (_, needed) = layout::place(schema, wished)?;
         Ok(if needed <= size { wished } else { layout::LOG_BYTES })
     }

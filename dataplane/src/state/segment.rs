@@ -106,6 +106,11 @@ impl Segment {
         Ok(())
     }
 
+    /// Whether this poll has filled half of the log, so that whoever can had better leave the rest to the next.
+    pub fn half_logged(&self) -> bool {
+        self.logging && self.log_len > self.frame.header().log_bytes / 2
+    }
+
     /// Make sure that `records` records of `bytes` bytes (each rounded up to 8) still fit in the log, so that an
     /// operation of several writes is done whole or not at all. Raises `Full`.
     pub(super) fn reserve(&self, records: usize, bytes: usize) -> Result<()> {

@@ -9,6 +9,7 @@ use crate::pony::bursts::{self, Each};
 use crate::pony::command::{Access, Kind, Reader, Scan, Short, Status};
 use crate::pony::desk::Desk;
 use crate::pony::memory::{Regions, Sink};
+use crate::pony::numbered::of_link;
 use crate::pony::rows::{Connection, ECHO};
 use crate::pony::space::Seen;
 use crate::state::{Result, Segment};
@@ -206,7 +207,7 @@ impl Desk {
         body: &[u8],
     ) -> Result<(u8, u64)> {
         let many = self.far.ends.get(&number).is_some_and(|end| end.endings.len() >= ENDINGS);
-        if many || self.far.endings.left() == 0 {
+        if many || !self.far.endings.may_have(of_link(own.link), 1) {
             return Ok((Status::Full as u8, 0));
         }
         let seen = self.space.seen(own.channel, number);
@@ -215,7 +216,8 @@ impl Desk {
         } else {
             change(kind, body, &seen).unwrap_or((Status::Bad, 0))
         };
-        let ending = Ending { connection: number, id: part.id, part: part.part, status, value };
+        let ending =
+            Ending { owner: of_link(own.link), connection: number, id: part.id, part: part.part, status, value };
         self.far.remember(segment, ending)?;
         Ok((status as u8, value))
     }

@@ -323,12 +323,12 @@ impl Desk {
         bytes: Vec<u8>,
     ) -> Result<Outcome> {
         let far = &mut self.far;
-        if far.asks.left() == 0 || far.blobs.left() == 0 {
+        if !far.asks.may_have(own.channel, 1) || !far.blobs.may_have(own.channel, 1) {
             return Ok(Err(Status::Full));
         }
-        let blob = if bytes.is_empty() { 0 } else { far.blobs.insert(segment, Blob { bytes })? };
+        let blob = if bytes.is_empty() { 0 } else { far.blobs.insert(segment, Blob { owner: own.channel, bytes })? };
         let id = far.next_id();
-        let ask = Ask { connection: head.connection, kind: head.kind as u8, body, id, tag, blob };
+        let ask = Ask { owner: own.channel, connection: head.connection, kind: head.kind as u8, body, id, tag, blob };
         let row = far.asks.insert(segment, ask)?;
         far.end(head.connection).asks.insert(id, row);
         far.start(own.link, row);

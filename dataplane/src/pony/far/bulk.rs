@@ -7,6 +7,7 @@ use super::rows::{Ending, Export};
 use super::{Import, EXPORTS, FINISHED, LARGE};
 use crate::pony::command::{answer, Head, Kind, Piece, Status};
 use crate::pony::desk::{Desk, Order, Outcome};
+use crate::pony::numbered::of_link;
 use crate::pony::rows::{Connection, ECHO};
 use crate::pony::transfers::End;
 use crate::state::{Result, Segment};
@@ -43,7 +44,7 @@ impl Desk {
             return Ok(());
         }
         // Each of those that wait may come to an end right now.
-        if self.far.endings.left() < FINISHED {
+        if !self.far.endings.may_have(of_link(own.link), FINISHED) {
             return self.break_off(segment, ends, &own);
         }
         let end = self.far.end(number);
@@ -113,12 +114,12 @@ impl Desk {
             self.match_places(segment, number)?;
             return Ok(Ok(None));
         }
-        if self.far.end(number).exports.len() >= EXPORTS || self.far.exports.left() == 0 {
+        if self.far.end(number).exports.len() >= EXPORTS || !self.far.exports.may_have(own.channel, 1) {
             return Ok(Err(Status::Full));
         }
         let seq = own.large;
         self.connections.update(segment, number, |own| own.large += 1)?;
-        let export = Export { connection: number, stream: head.stream, seq, tag: order.tag, piece };
+        let export = Export { owner: own.channel, connection: number, stream: head.stream, seq, tag: order.tag, piece };
         let row = self.far.exports.insert(segment, export)?;
         self.far.end(number).exports.insert(seq, row);
         self.far.queue(own.link, Item::Offer { row, seq });
@@ -181,8 +182,9 @@ impl Desk {
     }
 
     fn end_import(&mut self, segment: &mut Segment, number: u32, seq: u64, status: Status, value: u64) -> Result<()> {
-        self.far.remember(segment, Ending { connection: number, id: seq, part: LARGE, status, value })?;
         let Some(own) = self.connections.get(number) else { return Ok(()) };
+        let owner = of_link(own.link);
+        self.far.remember(segment, Ending { owner, connection: number, id: seq, part: LARGE, status, value })?;
         let ends = Ends { to: own.peer, from: number, stream: 0, cookie: own.cookie as u8 };
         self.far.queue(own.link, Item::Finish { ends, seq, status: status as u8, value });
         Ok(())

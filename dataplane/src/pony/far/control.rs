@@ -133,10 +133,7 @@ impl Desk {
     fn detach(&mut self, segment: &mut Segment, host: &str) -> Result<Value> {
         if let Some(link) = self.far.by_host.get(host.as_bytes()).copied() {
             self.give_up(segment, link, Status::Unreachable)?;
-            self.far.lines.remove(&link);
-            self.far.ready.retain(|other| *other != link);
-            self.far.links.remove(segment, link)?;
-            self.far.by_host.remove(host.as_bytes());
+            self.far.unlink(segment, link)?;
         }
         Ok(json!({}))
     }

@@ -1,5 +1,7 @@
 //! How connections to other hosts begin and end.
 
+use std::collections::HashSet;
+
 use super::frame::{Ends, DATAGRAM};
 use super::line::Item;
 use super::rows::{Blob, Held, Link, Sending, HOST};
@@ -36,16 +38,16 @@ impl Desk {
         if self.far.port.is_none() {
             return Ok(Err(Status::Unreachable));
         }
-        if !self.connections.may_have(channel) || self.connections.left() == 0 || self.far.blobs.left() == 0 {
+        if !self.connections.may_have(channel, 1) || !self.far.blobs.may_have(channel, 1) {
             return Ok(Err(Status::Full));
         }
-        let link = match self.far.by_host.get(host) {
-            Some(link) => *link,
-            None if self.far.links.left() == 0 => return Ok(Err(Status::Full)),
+        let link = match self.far.by_host.get(host).copied() {
+            Some(link) => link,
+            None if self.far.links.left() == 0 && !self.forget_host(segment)? => return Ok(Err(Status::Full)),
             None => self.far.link(segment, host)?,
         };
         self.far.cookie = self.far.cookie.wrapping_add(1);
-        let name = self.far.blobs.insert(segment, Blob { bytes: name.to_vec() })?;
+        let name = self.far.blobs.insert(segment, Blob { owner: channel, bytes: name.to_vec() })?;
         let cookie = self.far.cookie;
         let made = Connection { channel, link, cookie, asked: true, opening: true, tag, name, ..Connection::default() };
         let number = self.connections.insert(segment, made)?;
@@ -56,6 +58,15 @@ impl Desk {
             self.far.want(link, monotonic_ns());
         }
         Ok(Ok(None))
+    }
+
+    /// Forget a host that was asked for in vain, and that nobody asks for any more; false when there is none.
+    fn forget_host(&mut self, segment: &mut Segment) -> Result<bool> {
+        let wanted: HashSet<u32> = self.connections.iter().map(|(_, own)| own.link).collect();
+        let idle = |link: &u32| !self.far.lines.contains_key(link) && !wanted.contains(link);
+        let Some(link) = self.far.links.iter().map(|(link, _)| link).find(idle) else { return Ok(false) };
+        self.far.unlink(segment, link)?;
+        Ok(true)
     }
 
     /// The application has closed its end, or is gone itself. What it sent still goes out.
@@ -183,6 +194,18 @@ impl Far {
         let link = self.links.insert(segment, made)?;
         self.by_host.insert(host.to_vec(), link);
         Ok(link)
+    }
+
+    /// Everything that is known of a host, to which there are no connections.
+    pub(super) fn unlink(&mut self, segment: &mut Segment, link: u32) -> Result<()> {
+        self.lines.remove(&link);
+        self.ready.retain(|other| *other != link);
+        self.wanted.remove(&link);
+        self.refusals.remove(&link);
+        if let Some(row) = self.links.remove(segment, link)? {
+            self.by_host.remove(&row.host);
+        }
+        Ok(())
     }
 
     fn want(&mut self, link: u32, now: Nanos) {

@@ -109,6 +109,8 @@ pub struct Line {
     /// Whether the last packet was one of bulk data.
     pub turn: bool,
     pub peer_epoch: Option<u32>,
+    /// When the peer began anew last.
+    pub restarted: Nanos,
     pub bad: u64,
     /// When its keys were agreed, as far as this process knows.
     pub since: Nanos,
@@ -137,6 +139,7 @@ impl Line {
             ready: false,
             turn: false,
             peer_epoch: None,
+            restarted: 0,
             bad: 0,
             since: monotonic_ns(),
         }

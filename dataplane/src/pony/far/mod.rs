@@ -37,14 +37,12 @@ const EXPORTS: usize = 64;
 /// Operations of one connection on the peer's memory that may be under way.
 const ASKS: usize = 1024;
 
-/// What one peer may have here: streams and parts of messages of a connection, messages that came early, endings that it
-/// does not forget, connections of a link, requests and other things that wait to be answered. More is more than a
-/// correct one ever has.
+/// What one peer may have here: streams and parts of messages of a connection, endings that it does not forget, requests
+/// and other things that wait to be answered. More is more than a correct one ever has.
 const STREAMS: usize = 4096;
 const PARTIAL: usize = 256;
 const ENDINGS: usize = 65_536;
 const FINISHED: usize = 1024;
-const CONNECTIONS: u32 = 32_768;
 const REQUESTS: usize = 4096;
 const QUEUED: usize = 65_536;
 
@@ -116,8 +114,6 @@ pub struct Far {
     ends: FxHashMap<u32, End>,
     /// By link and number of the peer's end.
     by_peer: HashMap<(u32, u32), u32>,
-    /// Of each link, how many.
-    peers: FxHashMap<u32, u32>,
     cookie: u32,
     epoch: u32,
     id: u64,
@@ -217,17 +213,11 @@ impl Far {
     }
 
     fn know_peer(&mut self, link: u32, peer: u32, number: u32) {
-        if self.by_peer.insert((link, peer), number).is_none() {
-            *self.peers.entry(link).or_default() += 1;
-        }
+        self.by_peer.insert((link, peer), number);
     }
 
     fn forget_peer(&mut self, link: u32, peer: u32) {
-        if self.by_peer.remove(&(link, peer)).is_some() {
-            if let Some(count) = self.peers.get_mut(&link) {
-                *count -= 1;
-            }
-        }
+        self.by_peer.remove(&(link, peer));
     }
 
     /// Answer what a peer said, unless it leaves too much unanswered already.
@@ -284,14 +274,14 @@ impl Far {
         self.said.pop_front()
     }
 
-    /// The stream's row, made if there is none. Raises `Full`.
-    fn stream(&mut self, segment: &mut Segment, connection: u32, stream: u16) -> Result<(u32, Stream)> {
+    /// The stream's row, made for `owner` if there is none. Raises `Full`.
+    fn stream(&mut self, segment: &mut Segment, owner: u64, connection: u32, stream: u16) -> Result<(u32, Stream)> {
         if let Some(row) = self.by_stream.get(&(connection, stream)).copied() {
             if let Some(found) = self.streams.get(row) {
                 return Ok((row, *found));
             }
         }
-        let made = Stream { connection, stream, out: 0, next: 0 };
+        let made = Stream { owner, connection, stream, out: 0, next: 0 };
         let row = self.streams.insert(segment, made)?;
         self.by_stream.insert((connection, stream), row);
         self.end(connection).streams.push(stream);

@@ -7,11 +7,12 @@ use super::line::Item;
 use super::ranges::Ranges;
 use super::resync::pieces;
 use super::rows::{Held, Sending, Stream};
-use super::{Far, CONNECTIONS, PARTIAL, STREAMS};
+use super::{Far, PARTIAL, STREAMS};
 use crate::pony::command::{answer, Kind, Reader, Status};
 use crate::pony::desk::Desk;
 use crate::pony::flow::wire::{self, Header, PAYLOAD, SEALED};
-use crate::pony::flow::{Nanos, Receipt};
+use crate::pony::flow::{Nanos, Receipt, MILLISECOND};
+use crate::pony::numbered::of_link;
 use crate::pony::outbox::CREDITS;
 use crate::pony::rows::{Connection, ECHO, NOBODY, SMALL};
 use crate::state::{Result, Segment, StateError};
@@ -20,8 +21,11 @@ use crate::stats::monotonic_ns;
 /// Packets, and bytes of them, that are looked at in one poll.
 const PACKETS: usize = 128;
 const BYTES: usize = 256 * 1024;
-/// Rows for messages that came too early: with fewer left, such messages have to come again.
+/// Messages of a packet, and more than it can have: only with fewer rows left for those that come too early is it looked
+/// at how many there are, and when they are too many the packet has to come again.
 const MARGIN: usize = 512;
+/// An engine begins anew no more often, and a peer that says so costs no more.
+const RESTARTS_APART: Nanos = 10 * MILLISECOND;
 
 /// When a packet was taken in, and how long it had waited for that. What the engine slept meanwhile counts for neither: a
 /// wake-up is no queue, and slower senders would not make it faster.
@@ -41,14 +45,14 @@ impl Far {
 }
 
 impl Desk {
-    /// Take in packets; how many. Raises `Full`, `Os`.
+    /// Take in packets, as many as leave half of the undo log to the rest of the poll; how many. Raises `Full`, `Os`.
     pub fn receive(&mut self, segment: &mut Segment) -> Result<usize> {
         let Some(mut port) = self.far.port.take() else { return Ok(0) };
         let mut done = 0;
         let mut bytes = 0;
         let mut outcome = Ok(());
         let mut now = monotonic_ns();
-        while done < PACKETS && bytes < BYTES && self.outbox.has_room() && outcome.is_ok() {
+        while done < PACKETS && bytes < BYTES && self.outbox.has_room() && !segment.half_logged() && outcome.is_ok() {
             if self.far.looked == self.far.burst {
                 self.far.looked = 0;
                 self.far.burst = port.receive().map_err(|error| StateError::Os {
@@ -118,11 +122,19 @@ impl Desk {
         payload: &[u8],
     ) -> Result<()> {
         let mut header = *header;
-        if self.far.held.left() < MARGIN && self.comes_early(payload) {
+        if !self.far.held.may_have(of_link(link), MARGIN) && !self.far.held.may_have(of_link(link), self.early(payload))
+        {
             // What it carries has to come again; what it acknowledges counts.
             header.flags &= !PAYLOAD;
         }
         let Some(line) = self.far.lines.get_mut(&link) else { return Ok(()) };
+        let newer = |epoch: u32| header.epoch.wrapping_sub(epoch) as i32 > 0;
+        if line.flow.peer_epoch.is_some_and(newer) {
+            if came.taken < line.restarted + RESTARTS_APART {
+                return Ok(());
+            }
+            line.restarted = came.taken;
+        }
         let receipt = match line.flow.receive(came.taken, &header, came.queued) {
             Ok(receipt) => receipt,
             Err(_) => {
@@ -158,8 +170,9 @@ impl Desk {
         Ok(())
     }
 
-    /// Whether a packet has messages that would have to be held.
-    fn comes_early(&self, payload: &[u8]) -> bool {
+    /// How many messages of a packet would have to be held.
+    fn early(&self, payload: &[u8]) -> usize {
+        let mut early = 0;
         let mut reader = Reader::new(payload);
         let mut reached: HashMap<(u32, u16), u64> = HashMap::new();
         while let Ok((ends, frame)) = frame::parse(&mut reader) {
@@ -168,15 +181,13 @@ impl Desk {
                 let row = self.far.by_stream.get(&key);
                 let next = row.and_then(|row| self.far.streams.get(*row)).map_or(0, |stream| stream.next);
                 let next = reached.entry(key).or_insert(next);
-                if seq > *next {
-                    return true;
-                }
+                early += usize::from(seq > *next);
                 if seq == *next && bytes.len() == usize::from(total) {
                     *next += 1;
                 }
             }
         }
-        false
+        early
     }
 
     /// The peer's engine has a packet for good.
@@ -299,8 +310,7 @@ impl Desk {
         let channel = if name == b".echo" { Some(ECHO) } else { self.bound(name) };
         let refusal = match channel {
             None => Some(Status::NoPeer),
-            Some(_) if self.connections.left() == 0 => Some(Status::Full),
-            Some(_) if self.far.peers.get(&link).is_some_and(|count| *count >= CONNECTIONS) => Some(Status::Full),
+            Some(_) if !self.connections.may_have(of_link(link), 1) => Some(Status::Full),
             Some(_) => None,
         };
         if let Some(status) = refusal {
@@ -352,10 +362,12 @@ impl Desk {
         (total, offset, bytes): (u16, u16, &[u8]),
     ) -> Result<()> {
         let known = self.far.by_stream.contains_key(&(ends.to, ends.stream));
-        if !known && (self.far.end(ends.to).streams.len() >= STREAMS || self.far.streams.left() == 0) {
+        let owner = of_link(own.link);
+        let streams = self.far.end(ends.to).streams.len();
+        if !known && (streams >= STREAMS || !self.far.streams.may_have(owner, 1)) {
             return self.break_off(segment, ends, own);
         }
-        let (row, stream) = self.far.stream(segment, ends.to, ends.stream)?;
+        let (row, stream) = self.far.stream(segment, owner, ends.to, ends.stream)?;
         let key = (ends.to, ends.stream, seq);
         if seq < stream.next || self.far.by_held.contains_key(&key) || usize::from(total) > SMALL {
             return Ok(());
@@ -394,7 +406,14 @@ impl Desk {
     ) -> Result<()> {
         if seq > stream.next {
             let id = self.far.next_id();
-            let held = Held { id, connection: ends.to, stream: ends.stream, seq, bytes: bytes.to_vec() };
+            let held = Held {
+                owner: of_link(own.link),
+                id,
+                connection: ends.to,
+                stream: ends.stream,
+                seq,
+                bytes: bytes.to_vec(),
+            };
             let row = self.far.held.insert(segment, held)?;
             self.far.by_held.insert((ends.to, ends.stream, seq), row);
             return Ok(());
@@ -452,13 +471,15 @@ impl Desk {
     ) -> Result<std::result::Result<u64, Status>> {
         let end = self.far.end(number);
         let under_way = end.credit.map_or(0, |credit| end.sent.wrapping_sub(credit));
-        let streams = self.far.by_stream.contains_key(&(number, stream)) || self.far.streams.left() > 0;
-        if under_way >= CREDITS || self.far.sending.left() == 0 || !streams {
+        // What a peer sends to the engine itself comes back on its account.
+        let owner = if own.channel == ECHO { of_link(own.link) } else { own.channel };
+        let streams = self.far.by_stream.contains_key(&(number, stream)) || self.far.streams.may_have(owner, 1);
+        if under_way >= CREDITS || !self.far.sending.may_have(owner, 1) || !streams {
             return Ok(Err(Status::Full));
         }
-        let (row, found) = self.far.stream(segment, number, stream)?;
+        let (row, found) = self.far.stream(segment, owner, number, stream)?;
         let id = self.far.next_id();
-        let message = Sending { id, connection: number, stream, seq: found.out, bytes: bytes.to_vec() };
+        let message = Sending { owner, id, connection: number, stream, seq: found.out, bytes: bytes.to_vec() };
         let place = self.far.sending.insert(segment, message)?;
         self.far.streams.update(segment, row, |stream| stream.out += 1)?;
         let end = self.far.end(number);

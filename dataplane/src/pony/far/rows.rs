@@ -40,6 +40,7 @@ pub struct Link {
 /// One stream of messages of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stream {
+    pub owner: u64,
     pub connection: u32,
     pub stream: u16,
     /// The numbers of the next message that goes out, and that comes in.
@@ -50,6 +51,7 @@ pub struct Stream {
 /// A message that its receiver's engine does not have yet, or one that came too early.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Parcel<const OUT: bool> {
+    pub owner: u64,
     pub id: u64,
     pub connection: u32,
     pub stream: u16,
@@ -63,6 +65,7 @@ pub type Held = Parcel<false>;
 /// A large message that goes to another host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Export {
+    pub owner: u64,
     pub connection: u32,
     pub stream: u16,
     pub seq: u64,
@@ -73,6 +76,7 @@ pub struct Export {
 /// An operation on another host's memory that is under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ask {
+    pub owner: u64,
     pub connection: u32,
     /// The command's kind, and what follows its head.
     pub kind: u8,
@@ -84,12 +88,14 @@ pub struct Ask {
 }
 
 pub struct Blob {
+    pub owner: u64,
     pub bytes: Vec<u8>,
 }
 
 /// How an operation of another host ended here: said again when it asks again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ending {
+    pub owner: u64,
     pub connection: u32,
     pub id: u64,
     /// Which part of it.
@@ -155,11 +161,12 @@ fn attached(row: &[u8]) -> Option<Attached> {
 
 impl Row for Stream {
     const TABLE: &'static str = "streams";
-    const BYTES: usize = 24;
+    const BYTES: usize = 32;
     const COUNT: usize = 131_072;
-    const FIELDS: &'static str = r#"{"connection":"u4","stream":"u4","out":"u8","next":"u8"}"#;
+    const FIELDS: &'static str = r#"{"connection":"u4","stream":"u4","out":"u8","next":"u8","owner":"u8"}"#;
 
     fn write(&self, row: &mut [u8]) {
+        put(row, 24, self.owner);
         put(row, 0, pair(self.connection, self.stream.into()));
         put(row, 8, self.out);
         put(row, 16, self.next);
@@ -168,24 +175,30 @@ impl Row for Stream {
     fn read(row: &[u8]) -> Option<Self> {
         let first = word(row, 0)?;
         Some(Stream {
+            owner: word(row, 24)?,
             connection: first as u32,
             stream: (first >> 32) as u16,
             out: word(row, 8)?,
             next: word(row, 16)?,
         })
     }
+
+    fn owner(&self) -> Option<u64> {
+        Some(self.owner)
+    }
 }
 
-const PARCEL: usize = 32;
+const PARCEL: usize = 40;
 
 impl<const OUT: bool> Row for Parcel<OUT> {
     const TABLE: &'static str = if OUT { "sending" } else { "held" };
     const BYTES: usize = PARCEL + SMALL;
     const COUNT: usize = 4096;
     const FIELDS: &'static str =
-        r#"{"id":"u8","seq":"u8","connection":"u4","stream":"u4","length":"u8","bytes":"S4096"}"#;
+        r#"{"id":"u8","seq":"u8","connection":"u4","stream":"u4","length":"u8","owner":"u8","bytes":"S4096"}"#;
 
     fn write(&self, row: &mut [u8]) {
+        put(row, 32, self.owner);
         put(row, 0, self.id);
         put(row, 8, self.seq);
         put(row, 16, pair(self.connection, self.stream.into()));
@@ -197,6 +210,7 @@ impl<const OUT: bool> Row for Parcel<OUT> {
         let both = word(row, 16)?;
         let end = PARCEL.checked_add(usize::try_from(word(row, 24)?).ok()?)?;
         Some(Parcel {
+            owner: word(row, 32)?,
             id: word(row, 0)?,
             seq: word(row, 8)?,
             connection: both as u32,
@@ -204,16 +218,21 @@ impl<const OUT: bool> Row for Parcel<OUT> {
             bytes: row.get(PARCEL..end)?.to_vec(),
         })
     }
+
+    fn owner(&self) -> Option<u64> {
+        Some(self.owner)
+    }
 }
 
 impl Row for Export {
     const TABLE: &'static str = "exports";
-    const BYTES: usize = 40;
+    const BYTES: usize = 48;
     const COUNT: usize = 16_384;
     const FIELDS: &'static str =
-        r#"{"connection":"u4","stream":"u4","seq":"u8","tag":"u8","offset":"u8","length":"u8"}"#;
+        r#"{"connection":"u4","stream":"u4","seq":"u8","tag":"u8","offset":"u8","length":"u8","owner":"u8"}"#;
 
     fn write(&self, row: &mut [u8]) {
+        put(row, 40, self.owner);
         put(row, 0, pair(self.connection, self.stream.into()));
         put(row, 8, self.seq);
         put(row, 16, self.tag);
@@ -224,6 +243,7 @@ impl Row for Export {
     fn read(row: &[u8]) -> Option<Self> {
         let first = word(row, 0)?;
         Some(Export {
+            owner: word(row, 40)?,
             connection: first as u32,
             stream: (first >> 32) as u16,
             seq: word(row, 8)?,
@@ -231,59 +251,76 @@ impl Row for Export {
             piece: Piece { offset: word(row, 24)?, len: word(row, 32)? },
         })
     }
+
+    fn owner(&self) -> Option<u64> {
+        Some(self.owner)
+    }
 }
 
 impl Row for Ask {
     const TABLE: &'static str = "asks";
-    const BYTES: usize = 32 + BODY;
+    const BYTES: usize = 40 + BODY;
     const COUNT: usize = 16_384;
-    const FIELDS: &'static str = r#"{"connection":"u4","kind":"u4","id":"u8","tag":"u8","blob":"u8","body":"S56"}"#;
+    const FIELDS: &'static str =
+        r#"{"connection":"u4","kind":"u4","id":"u8","tag":"u8","blob":"u8","owner":"u8","body":"S56"}"#;
 
     fn write(&self, row: &mut [u8]) {
+        put(row, 32, self.owner);
         put(row, 0, pair(self.connection, self.kind.into()));
         put(row, 8, self.id);
         put(row, 16, self.tag);
         put(row, 24, self.blob.into());
-        row[32..32 + BODY].copy_from_slice(&self.body);
+        row[40..40 + BODY].copy_from_slice(&self.body);
     }
 
     fn read(row: &[u8]) -> Option<Self> {
         let first = word(row, 0)?;
         Some(Ask {
+            owner: word(row, 32)?,
             connection: first as u32,
             kind: (first >> 32) as u8,
             id: word(row, 8)?,
             tag: word(row, 16)?,
             blob: word(row, 24)? as u32,
-            body: *row.get(32..)?.first_chunk()?,
+            body: *row.get(40..)?.first_chunk()?,
         })
+    }
+
+    fn owner(&self) -> Option<u64> {
+        Some(self.owner)
     }
 }
 
 impl Row for Blob {
     const TABLE: &'static str = "blobs";
-    const BYTES: usize = 8 + SMALL;
+    const BYTES: usize = 16 + SMALL;
     const COUNT: usize = 2048;
-    const FIELDS: &'static str = r#"{"length":"u8","bytes":"S4096"}"#;
+    const FIELDS: &'static str = r#"{"length":"u8","owner":"u8","bytes":"S4096"}"#;
 
     fn write(&self, row: &mut [u8]) {
+        put(row, 8, self.owner);
         put(row, 0, self.bytes.len() as u64);
-        row[8..8 + self.bytes.len()].copy_from_slice(&self.bytes);
+        row[16..16 + self.bytes.len()].copy_from_slice(&self.bytes);
     }
 
     fn read(row: &[u8]) -> Option<Self> {
-        let end = usize::try_from(word(row, 0)?).ok()?.checked_add(8)?;
-        Some(Blob { bytes: row.get(8..end)?.to_vec() })
+        let end = usize::try_from(word(row, 0)?).ok()?.checked_add(16)?;
+        Some(Blob { owner: word(row, 8)?, bytes: row.get(16..end)?.to_vec() })
+    }
+
+    fn owner(&self) -> Option<u64> {
+        Some(self.owner)
     }
 }
 
 impl Row for Ending {
     const TABLE: &'static str = "endings";
-    const BYTES: usize = 32;
+    const BYTES: usize = 40;
     const COUNT: usize = 131_072;
-    const FIELDS: &'static str = r#"{"connection":"u4","part":"u4","id":"u8","value":"u8","status":"u8"}"#;
+    const FIELDS: &'static str = r#"{"connection":"u4","part":"u4","id":"u8","value":"u8","status":"u8","owner":"u8"}"#;
 
     fn write(&self, row: &mut [u8]) {
+        put(row, 32, self.owner);
         put(row, 0, pair(self.connection, self.part));
         put(row, 8, self.id);
         put(row, 16, self.value);
@@ -293,11 +330,16 @@ impl Row for Ending {
     fn read(row: &[u8]) -> Option<Self> {
         let first = word(row, 0)?;
         Some(Ending {
+            owner: word(row, 32)?,
             connection: first as u32,
             part: (first >> 32) as u32,
             id: word(row, 8)?,
             value: word(row, 16)?,
             status: Status::of(word(row, 24)? as u8)?,
         })
+    }
+
+    fn owner(&self) -> Option<u64> {
+        Some(self.owner)
     }
 }
