@@ -173,3 +173,70 @@ impl<T: Row> Numbered<T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::os::fd::AsFd;
+
+    struct Thing(u64);
+
+    impl Row for Thing {
+        const TABLE: &'static str = "things";
+        const BYTES: usize = 8;
+        const COUNT: usize = 40;
+        const FIELDS: &'static str = "{}";
+
+        fn write(&self, row: &mut [u8]) {
+            row.copy_from_slice(&self.0.to_le_bytes());
+        }
+
+        fn read(row: &[u8]) -> Option<Self> {
+            Some(Thing(u64::from_le_bytes(*row.first_chunk()?)))
+        }
+
+        fn owner(&self) -> Option<u64> {
+            Some(self.0)
+        }
+    }
+
+    fn segment() -> Segment {
+        use crate::state::{Schema, MIN_BYTES};
+        use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
+        let objects = vec![Numbered::<Thing>::object()];
+        let schema = Schema { engine: "t".into(), name: "t".into(), version: 1, oldest: 1, objects };
+        let fd = memfd_create("things", MemfdFlags::CLOEXEC).expect("memfd");
+        ftruncate(&fd, MIN_BYTES as u64 + (64 << 10)).expect("ftruncate");
+        Frame::format(fd.as_fd(), &schema, 4096).expect("format");
+        Segment::open(fd.as_fd(), true).expect("open")
+    }
+
+    proptest! {
+        /// Whatever comes and goes, and whoever takes all that they may: shares are right, also for who adopts the state,
+        /// and somebody without any finds room.
+        #[test]
+        fn whoever_has_nothing_may_have_something(steps in proptest::collection::vec((0u64..4, any::<bool>()), 1..200)) {
+            let mut segment = segment();
+            let mut things = Numbered::<Thing>::adopt(&segment).expect("adopt");
+            for (owner, more) in steps {
+                let mine = things.iter().find(|(_, thing)| thing.0 == owner).map(|(number, _)| number);
+                if more && things.may_have(owner, 1) {
+                    things.insert(&mut segment, Thing(owner)).expect("insert");
+                } else if let (false, Some(number)) = (more, mine) {
+                    things.update(&mut segment, number, |thing| thing.0 = (owner + 1) % 4).expect("update");
+                    things.remove(&mut segment, number).expect("remove");
+                }
+                segment.commit();
+                let again = Numbered::<Thing>::adopt(&segment).expect("adopt");
+                for owner in 0..4 {
+                    let count = things.iter().filter(|(_, thing)| thing.0 == owner).count();
+                    prop_assert_eq!(things.shares.get(&owner).copied().unwrap_or(0), count);
+                    prop_assert_eq!(again.shares.get(&owner).copied().unwrap_or(0), count);
+                    prop_assert_eq!(things.may_have(owner, 1), count < things.left());
+                }
+                prop_assert!(things.may_have(9, 1));
+            }
+        }
+    }
+}
