@@ -205,7 +205,8 @@ def _transfer(stage: Stage, client: Client, tree: Plan, runtime_dir: Path, event
             play.check()
             on_bytes(sender.bytes)
 
-        play = script.Script(runtime_dir, newer, events, mark)
+        acts = script.relay(runtime_dir, newer)
+        play = script.Script([(event, acts[event]) for event in events], mark)
         sender = Sender(channel, tree, lambda: not play.over, on_wait)
         stack.callback(play.stop)
         play.start()

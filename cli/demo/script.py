@@ -1,4 +1,4 @@
-"""What happens to the relay while it serves: it is upgraded, killed, loses its kernel, is rolled back."""
+"""What happens to a module while it serves: it is upgraded, killed, loses its kernel, is rolled back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +42,17 @@ class Happened:
     client_ns: int | None = None
 
 
+def relay(runtime_dir: Path, newer: Path) -> dict[str, Act]:
+    """What the demo can have happen to the relay, by its names."""
+    victim = Victim(runtime_dir, MODULE, newer)
+    return {
+        "upgrade": victim.upgrade,
+        "kill": victim.kill,
+        "kernel": victim.kill_kernel,
+        "rollback": victim.roll_back,
+    }
+
+
 def write_newer(folder: Path) -> Path:
     """A copy of the shipped relay below `folder`, that says of itself that it is a later version."""
     spec = find_spec(f"snap.modules.{MODULE}")
@@ -56,18 +68,19 @@ def write_newer(folder: Path) -> Path:
     return target
 
 
+Act = Callable[["Script", str], Happened]
+"""Has something happen, by the name that it is told, and says what."""
+
+
 class Script(threading.Thread):
-    """Plays `events` one after the other on a thread of its own; `mark` is told what happens from now on ("": nothing).
+    """Plays `events`, names and acts, one after the other on a thread of its own; `mark` is told what happens from now
+    on ("": nothing).
 
     `playing` says what it is at. Leave it by `stop()`, which returns soon, whatever it waits for.
     """
 
-    def __init__(
-        self, runtime_dir: Path, newer: Path, events: Sequence[str], mark: Callable[[str], None]
-    ) -> None:
+    def __init__(self, events: Sequence[tuple[str, Act]], mark: Callable[[str], None]) -> None:
         super().__init__(name="script")
-        self._runtime_dir = runtime_dir
-        self._newer = newer
         self._events = events
         self._mark = mark
         self._stopping = threading.Event()
@@ -90,29 +103,19 @@ class Script(threading.Thread):
 
     def run(self) -> None:
         try:
-            with ControlClient(self._runtime_dir, timeout=ASK_SECONDS) as control:
-                self._play(control)
+            self._say("")
+            for event, act in self._events:
+                self._pause(QUIET_SECONDS)
+                self._say(event)
+                self.happened.append(act(self, event))
+                self._pause(AFTER_SECONDS)
+                self._say("")
+            if self._events:
+                self._pause(QUIET_SECONDS)
         except _Stopped:
             pass
         except BaseException as error:
             self._error = error
-
-    def _play(self, control: ControlClient) -> None:
-        acts = {
-            "upgrade": self._upgrade,
-            "kill": self._kill,
-            "kernel": self._kill_kernel,
-            "rollback": self._roll_back,
-        }
-        self._say("")
-        for event in self._events:
-            self._pause(QUIET_SECONDS)
-            self._say(event)
-            self.happened.append(acts[event](control))
-            self._pause(AFTER_SECONDS)
-            self._say("")
-        if self._events:
-            self._pause(QUIET_SECONDS)
 
     def _say(self, event: str) -> None:
         self.playing = event
@@ -122,65 +125,8 @@ class Script(threading.Thread):
         if self._stopping.wait(seconds):
             raise _Stopped
 
-    # -- the events -------------------------------------------------------------------------------------------
-
-    def _upgrade(self, control: ControlClient) -> Happened:
-        view = control.call(
-            "module.upgrade",
-            name=MODULE,
-            source=str(self._newer),
-            bake=BAKE_SECONDS,
-            rollback=True,
-            wait=False,
-        )
-        return self._moved(control, "upgrade", view)
-
-    def _roll_back(self, control: ControlClient) -> Happened:
-        return self._moved(control, "rollback", control.call("module.rollback", name=MODULE, wait=False))
-
-    def _moved(self, control: ControlClient, event: str, ordered: Any) -> Happened:
-        number = ordered["id"]
-        view = self._until(
-            lambda: _Ask(control).upgrade(number), lambda view: bool(view.outcome), f"the {event} is over"
-        )
-        if view.outcome != "committed":
-            raise ipc.RolledBackError(f"the {event} ended as {view.outcome}: {view.reason}")
-        return Happened(
-            event,
-            f"{view.from_version} → {view.to_version}, "
-            f"generation {view.from_generation} → {view.to_generation}",
-            max((engine.blackout_ns for engine in view.engines), default=-1),
-            view.client_gap_ns,
-        )
-
-    def _kill(self, control: ControlClient) -> Happened:
-        before = _Ask(control).module()
-        assert before.pid is not None, "it serves"
-        killed_ns = time.monotonic_ns()
-        os.kill(before.pid, signal.SIGKILL)
-        after = self._until(
-            _Ask(control).module,
-            lambda view: view.state == "ready" and view.pid not in (None, before.pid),
-            "the killed module serves again",
-        )
-        return Happened(
-            "kill",
-            f"pid {before.pid} → {after.pid}, generation {before.generation} → {after.generation}",
-            _Ask(control).first_poll_ns(after.generation) - killed_ns,
-        )
-
-    def _kill_kernel(self, control: ControlClient) -> Happened:
-        before = _Ask(control).kernel()
-        os.kill(before.pid, signal.SIGKILL)
-        after = self._until(
-            _Ask(control).kernel, lambda view: view.pid != before.pid, "another kernel answers"
-        )
-        if (was := _runs(before)) != (now := _runs(after)):
-            raise ipc.SnapError(f"before the kernel's death ran {was}, after it {now}")
-        return Happened("kernel", f"pid {before.pid} → {after.pid}, the same modules run on")
-
-    def _until(self, look: Callable[[], T], good: Callable[[T], bool], what: str) -> T:
-        """Look until it is `good`, through a kernel that is away for a while."""
+    def until(self, look: Callable[[], T], good: Callable[[T], bool], what: str) -> T:
+        """Look until it is `good`, through a kernel that is away for a while. Raises DeadlineError."""
         end = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < end:
             try:
@@ -199,20 +145,95 @@ class _Stopped(Exception):
 
 
 @dataclass(frozen=True)
+class Victim:
+    """A module of a running kernel, and what can happen to it: each method but the last is an `Act`."""
+
+    runtime_dir: Path
+    module: str
+    newer: Path | None = None
+    """Where its next version is; none: the one that runs, once more."""
+
+    def upgrade(self, script: Script, event: str) -> Happened:
+        with self._ask() as ask:
+            source = None if self.newer is None else str(self.newer)
+            view = ask.control.call(
+                "module.upgrade",
+                name=self.module,
+                source=source,
+                bake=BAKE_SECONDS,
+                rollback=True,
+                wait=False,
+            )
+            return self._moved(script, event, ask, view)
+
+    def roll_back(self, script: Script, event: str) -> Happened:
+        with self._ask() as ask:
+            view = ask.control.call("module.rollback", name=self.module, wait=False)
+            return self._moved(script, event, ask, view)
+
+    def kill(self, script: Script, event: str) -> Happened:
+        with self._ask() as ask:
+            before = ask.show()
+            assert before.pid is not None, "it serves"
+            killed_ns = time.monotonic_ns()
+            os.kill(before.pid, signal.SIGKILL)
+            after = script.until(
+                ask.show,
+                lambda view: view.state == "ready" and view.pid not in (None, before.pid),
+                "the killed module serves again",
+            )
+            return Happened(
+                event,
+                f"pid {before.pid} → {after.pid}, generation {before.generation} → {after.generation}",
+                ask.first_poll_ns(after.generation) - killed_ns,
+            )
+
+    def kill_kernel(self, script: Script, event: str) -> Happened:
+        with self._ask() as ask:
+            before = ask.kernel()
+            os.kill(before.pid, signal.SIGKILL)
+            after = script.until(ask.kernel, lambda view: view.pid != before.pid, "another kernel answers")
+        if (was := _runs(before)) != (now := _runs(after)):
+            raise ipc.SnapError(f"before the kernel's death ran {was}, after it {now}")
+        return Happened(event, f"pid {before.pid} → {after.pid}, the same modules run on")
+
+    def _moved(self, script: Script, event: str, ask: _Ask, ordered: Any) -> Happened:
+        number = ordered["id"]
+        view = script.until(
+            lambda: ask.upgrade(number), lambda view: bool(view.outcome), f"the {event} is over"
+        )
+        if view.outcome != "committed":
+            raise ipc.RolledBackError(f"the {event} ended as {view.outcome}: {view.reason}")
+        versions = f"{view.from_version} → {view.to_version}, " if self.newer else ""
+        return Happened(
+            event,
+            f"{versions}generation {view.from_generation} → {view.to_generation}",
+            max((engine.blackout_ns for engine in view.engines), default=-1),
+            view.client_gap_ns,
+        )
+
+    @contextmanager
+    def _ask(self) -> Iterator[_Ask]:
+        with ControlClient(self.runtime_dir, timeout=ASK_SECONDS) as control:
+            yield _Ask(control, self.module)
+
+
+@dataclass(frozen=True)
 class _Ask:
     control: ControlClient
+    name: str
 
     def upgrade(self, number: int) -> UpgradeView:
         return msgspec.convert(self.control.call("upgrade.show", id=number), UpgradeView)
 
-    def module(self) -> ModuleView:
-        return msgspec.convert(self.control.call("module.show", name=MODULE), ModuleView)
+    def show(self) -> ModuleView:
+        return msgspec.convert(self.control.call("module.show", name=self.name), ModuleView)
 
     def kernel(self) -> KernelView:
         return msgspec.convert(self.control.call("kernel.status"), KernelView)
 
     def first_poll_ns(self, generation: int) -> int:
-        """When the last of the relay's engines polled first in `generation`, by CLOCK_MONOTONIC."""
+        """When the last of the module's engines polled first in `generation`, by CLOCK_MONOTONIC."""
         last = 0
         found: list[int] = []
         while page := msgspec.convert(self.control.call("events.since", seq=last), list[EventView]):
@@ -220,7 +241,7 @@ class _Ask:
             found += [
                 event.data["first_poll_ns"]
                 for event in page
-                if (event.kind, event.subject) == ("engine.took", f"module:{MODULE}")
+                if (event.kind, event.subject) == ("engine.took", f"module:{self.name}")
                 and event.data["generation"] == generation
             ]
         return max(found)
