@@ -55,6 +55,8 @@ HOWS = {
     "smallest": {"mtu": 508},
     "sealed": {"sealed": True},
     "timely": {"algorithm": "timely"},
+    "wire": {"wire": True},
+    "sealed-wire": {"wire": True, "sealed": True, "mtu": 8972},
 }
 
 

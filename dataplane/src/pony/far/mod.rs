@@ -17,13 +17,16 @@ mod resync;
 pub mod rows;
 mod seal;
 mod transmit;
+pub mod wires;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use self::asks::Progress;
 use self::line::{Item, Line};
 use self::ranges::Ranges;
+use self::receive::Burst;
 use self::rows::{Ask, Blob, Ending, Export, Held, Link, Sending, Stream};
+use self::wires::Wires;
 use super::flow::{Nanos, Wheel};
 use super::numbered::Numbered;
 use super::port::Port;
@@ -119,15 +122,14 @@ pub struct Far {
     epoch: u32,
     id: u64,
     port: Option<Box<dyn Port + Send>>,
+    pub wires: Wires,
     wheel: Option<Wheel>,
     due: Vec<u32>,
     ready: VecDeque<u32>,
-    /// Of the port's burst: how many packets there are, and how many were looked at.
-    burst: usize,
-    looked: usize,
+    burst: Burst,
     opened: Vec<u8>,
-    /// The port has no room.
-    blocked: bool,
+    /// Of those that are ready, how many found no room in their port.
+    blocked: usize,
     said: VecDeque<Vec<u8>>,
     /// Hosts that are wanted: when that was said last.
     wanted: HashMap<u32, Nanos>,
@@ -250,25 +252,26 @@ impl Far {
 
     /// Whether there is something to do now, and if not, when.
     pub fn rest(&mut self, now: Nanos) -> Option<Nanos> {
-        if self.looked < self.burst || (!self.ready.is_empty() && !self.blocked) {
+        if self.burst.left() || self.eager() {
             return None;
         }
-        if !self.port.as_mut().is_none_or(|port| port.arm()) {
+        if !self.port.as_mut().is_none_or(|port| port.arm()) || !self.wires.arm() {
             return None;
         }
         let next = self.wheel.as_ref().and_then(Wheel::next).unwrap_or(Nanos::MAX);
         (next > now).then_some(next)
     }
 
-    /// Whether there is something to send that the port would take.
+    /// Whether there is something to send that a port would take.
     pub fn eager(&self) -> bool {
-        !self.blocked && !self.ready.is_empty()
+        self.ready.len() > self.blocked
     }
 
     pub fn wake(&mut self) {
         if let Some(port) = &mut self.port {
             port.disarm();
         }
+        self.wires.disarm();
     }
 
     pub fn say(&mut self) -> Option<Vec<u8>> {

@@ -1,6 +1,7 @@
 //! What comes in.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 
 use super::frame::{self, Ends, Frame};
 use super::line::Item;
@@ -13,6 +14,7 @@ use crate::pony::desk::Desk;
 use crate::pony::flow::wire::{self, Header, PAYLOAD, SEALED};
 use crate::pony::flow::{Nanos, Receipt};
 use crate::pony::outbox::CREDITS;
+use crate::pony::port::{self, Port};
 use crate::pony::rows::{Connection, ECHO, NOBODY, SMALL};
 use crate::state::{Result, Segment, StateError};
 use crate::stats::monotonic_ns;
@@ -23,48 +25,96 @@ const BYTES: usize = 256 * 1024;
 /// Rows for messages that came too early: with fewer left, such messages have to come again.
 const MARGIN: usize = 512;
 
+/// A port's burst: how many packets there are, and how many were looked at.
+#[derive(Clone, Copy, Default)]
+pub struct Burst {
+    came: usize,
+    looked: usize,
+}
+
+impl Burst {
+    pub fn left(self) -> bool {
+        self.looked < self.came
+    }
+}
+
+/// How a packet came: from an address, or by the wire of a link.
+#[derive(Clone, Copy)]
+enum Via {
+    Network(IpAddr),
+    Wire(u32),
+}
+
 impl Desk {
     /// Take in packets; how many. Raises `Full`, `Os`.
     pub fn receive(&mut self, segment: &mut Segment) -> Result<usize> {
         let Some(mut port) = self.far.port.take() else { return Ok(0) };
-        let mut done = 0;
-        let mut bytes = 0;
-        let mut outcome = Ok(());
-        let mut now = monotonic_ns();
-        while done < PACKETS && bytes < BYTES && self.outbox.has_room() && outcome.is_ok() {
-            if self.far.looked == self.far.burst {
-                self.far.looked = 0;
-                self.far.burst = port.receive().map_err(|error| StateError::Os {
-                    what: "receiving packets",
-                    source: std::io::Error::other(error.to_string()),
-                })?;
-                now = monotonic_ns();
-                if self.far.burst == 0 {
-                    break;
-                }
+        let mut burst = std::mem::take(&mut self.far.burst);
+        let outcome = self.drain(segment, &mut *port, &mut burst, None);
+        (self.far.port, self.far.burst) = (Some(port), burst);
+        let mut done = outcome?.map_err(|error| StateError::Os {
+            what: "receiving packets",
+            source: std::io::Error::other(error.to_string()),
+        })?;
+        for link in self.far.wires.links() {
+            let Some(mut plug) = self.far.wires.take(link) else { continue };
+            let outcome = self.drain(segment, &mut plug.wire, &mut plug.burst, Some(link));
+            self.far.wires.put(link, plug);
+            match outcome? {
+                Ok(count) => done += count,
+                Err(_) => self.lose_wire(link),
             }
-            let (packet, from) = port.packet(self.far.looked);
-            self.far.looked += 1;
-            done += 1;
-            bytes += packet.len();
-            outcome = self.packet(segment, now, packet, from.ip());
         }
-        self.far.port = Some(port);
-        outcome?;
-        self.look_around(segment, now)?;
+        self.look_around(segment, monotonic_ns())?;
         Ok(done)
     }
 
-    fn packet(&mut self, segment: &mut Segment, now: Nanos, packet: &[u8], from: std::net::IpAddr) -> Result<()> {
+    /// Take in packets of one port: that of all links, or the wire of one.
+    fn drain(
+        &mut self,
+        segment: &mut Segment,
+        port: &mut dyn Port,
+        burst: &mut Burst,
+        wire: Option<u32>,
+    ) -> Result<port::Result<usize>> {
+        let mut done = 0;
+        let mut bytes = 0;
+        let mut now = monotonic_ns();
+        while done < PACKETS && bytes < BYTES && self.outbox.has_room() {
+            if !burst.left() {
+                *burst = match port.receive() {
+                    Ok(came) => Burst { came, looked: 0 },
+                    Err(error) => return Ok(Err(error)),
+                };
+                now = monotonic_ns();
+                if burst.came == 0 {
+                    break;
+                }
+            }
+            let (packet, from) = port.packet(burst.looked);
+            burst.looked += 1;
+            done += 1;
+            bytes += packet.len();
+            self.packet(segment, now, packet, wire.map_or(Via::Network(from.ip()), Via::Wire))?;
+        }
+        Ok(Ok(done))
+    }
+
+    fn packet(&mut self, segment: &mut Segment, now: Nanos, packet: &[u8], via: Via) -> Result<()> {
         let Ok((_, flags, flow, number)) = wire::clear(packet) else { return Ok(()) };
         let link = flow & 0xffff;
         let salt = (flow >> 16) as u16;
         if self.far.links.get(link).is_none_or(|row| row.salt != salt) {
             return Ok(());
         }
-        let Some(line) = self.far.lines.get_mut(&link).filter(|line| line.attached.address.ip() == from) else {
-            return Ok(());
+        let Some(line) = self.far.lines.get_mut(&link) else { return Ok(()) };
+        let theirs = match via {
+            Via::Network(ip) => line.attached.address.ip() == ip,
+            Via::Wire(of) => of == link,
         };
+        if !theirs {
+            return Ok(());
+        }
         let mut opened = std::mem::take(&mut self.far.opened);
         let plain = match &line.seal {
             None => (flags & SEALED == 0).then_some(packet),
@@ -80,7 +130,7 @@ impl Desk {
         };
         let parsed = plain.and_then(|plain| Header::parse(plain).ok());
         let outcome = match parsed {
-            Some((header, payload)) => self.take_packet(segment, now, link, &header, payload),
+            Some((header, payload)) => self.take_packet(segment, now, (link, via), &header, payload),
             None => {
                 line.bad += 1;
                 Ok(())
@@ -94,7 +144,7 @@ impl Desk {
         &mut self,
         segment: &mut Segment,
         now: Nanos,
-        link: u32,
+        (link, via): (u32, Via),
         header: &Header,
         payload: &[u8],
     ) -> Result<()> {
@@ -111,6 +161,10 @@ impl Desk {
                 return Ok(());
             }
         };
+        if matches!(via, Via::Network(_)) && receipt != Receipt::Stale {
+            // Who has a wire sends nothing here.
+            self.far.wires.take(link);
+        }
         let restarted = line.peer_epoch.is_some() && line.peer_epoch != line.flow.peer_epoch;
         line.peer_epoch = line.flow.peer_epoch;
         let mut tokens = std::mem::take(&mut self.far.tokens);

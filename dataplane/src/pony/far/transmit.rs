@@ -18,6 +18,16 @@ const TURN: usize = 32;
 /// Less of a large message is not worth a place in a packet with other things.
 const LEAST_PIECE: usize = 256;
 
+/// What a line does after its turn.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Then {
+    Wait,
+    /// It wants another turn soon.
+    More,
+    /// The same, but its port has no room.
+    Blocked,
+}
+
 /// What frames are written from.
 pub struct View<'a> {
     pub connections: &'a Numbered<Connection>,
@@ -46,18 +56,30 @@ impl Desk {
             self.far.rouse(link);
         }
         self.far.due = due;
-        self.far.blocked = false;
+        self.far.blocked = 0;
         let mut sent = 0;
         for _ in 0..self.far.ready.len() {
             let Some(link) = self.far.ready.pop_front() else { break };
             let Some(mut line) = self.far.lines.remove(&link) else { continue };
             line.ready = false;
-            let (count, more) = self.push(&mut line, &mut *port, now);
+            let mut plug = self.far.wires.take(link);
+            let out: &mut dyn Port = match &mut plug {
+                Some(plug) => &mut plug.wire,
+                None => &mut *port,
+            };
+            let (count, then) = self.push(&mut line, out, now);
             sent += count;
             self.arm(link, &mut line, now);
             self.far.lines.insert(link, line);
-            if more {
+            let holds = plug.as_mut().is_none_or(|plug| plug.wire.flush().is_ok());
+            if let Some(plug) = plug {
+                self.far.wires.put(link, plug);
+            }
+            if !holds {
+                self.lose_wire(link);
+            } else if then != Then::Wait {
                 self.far.rouse(link);
+                self.far.blocked += usize::from(then == Then::Blocked);
             }
         }
         // What does not get out now is lost, as on a wire, or stays for the next time.
@@ -66,12 +88,11 @@ impl Desk {
         sent
     }
 
-    /// Packets of one line: how many, and whether it wants another turn soon.
-    fn push(&mut self, line: &mut Line, port: &mut dyn Port, now: Nanos) -> (usize, bool) {
+    /// Packets of one line: how many, and what comes then.
+    fn push(&mut self, line: &mut Line, port: &mut dyn Port, now: Nanos) -> (usize, Then) {
         for count in 0..TURN {
             if port.frame().is_none() && (port.flush().is_err() || port.frame().is_none()) {
-                self.far.blocked = true;
-                return (count, true);
+                return (count, Then::Blocked);
             }
             let went = match line.flow.poll(now) {
                 Send::Again(token) => {
@@ -88,12 +109,12 @@ impl Desk {
                         let len = finish(line, header, frame);
                         port.push(len, line.attached.address, line.flow.path.number);
                     }
-                    return (count + 1, false);
+                    return (count + 1, Then::Wait);
                 }
-                return (count, false);
+                return (count, Then::Wait);
             }
         }
-        (TURN, true)
+        (TURN, Then::More)
     }
 
     /// Write one packet, anew or once more. False when there turned out to be nothing to say.
