@@ -1,8 +1,8 @@
 """Wires of shared memory between two engines of one machine: made by the host that is dialed, handed to the other.
 
 Descriptors go over an abstract Unix socket: it needs no place in the file system, and nobody in another network
-namespace reaches it; then packets go by UDP. Its name and a token, both random, are told inside TLS. The first who knows
-the token, and is the same user, gets the other end.
+namespace reaches it; then packets go by UDP. Its name and a token, both random, are told inside TLS. The first who
+knows the token, and is the same user, gets the other end.
 """
 
 from __future__ import annotations
