@@ -15,6 +15,8 @@ use crate::pony::space::Space;
 
 /// Packets of one line before another has its turn.
 const TURN: usize = 32;
+/// Packets that the other end of a wire may work on while more are written; for UDP, a call costs more than it brings.
+const PORTION: usize = 2;
 /// Less of a large message is not worth a place in a packet with other things.
 const LEAST_PIECE: usize = 256;
 
@@ -63,11 +65,11 @@ impl Desk {
             let Some(mut line) = self.far.lines.remove(&link) else { continue };
             line.ready = false;
             let mut plug = self.far.wires.take(link);
-            let out: &mut dyn Port = match &mut plug {
-                Some(plug) => &mut plug.wire,
-                None => &mut *port,
+            let (out, portion): (&mut dyn Port, usize) = match &mut plug {
+                Some(plug) => (&mut plug.wire, PORTION),
+                None => (&mut *port, usize::MAX),
             };
-            let (count, then) = self.push(&mut line, out, now);
+            let (count, then) = self.push(&mut line, out, portion, now);
             sent += count;
             self.arm(link, &mut line, now);
             self.far.lines.insert(link, line);
@@ -88,9 +90,13 @@ impl Desk {
         sent
     }
 
-    /// Packets of one line: how many, and what comes then.
-    fn push(&mut self, line: &mut Line, port: &mut dyn Port, now: Nanos) -> (usize, Then) {
+    /// Packets of one line: how many, and what comes then. They may leave when there are `portion` of them.
+    fn push(&mut self, line: &mut Line, port: &mut dyn Port, portion: usize, now: Nanos) -> (usize, Then) {
         for count in 0..TURN {
+            if count > 0 && count % portion == 0 {
+                // What is wrong with it shows again.
+                let _ = port.flush();
+            }
             if port.frame().is_none() && (port.flush().is_err() || port.frame().is_none()) {
                 return (count, Then::Blocked);
             }
