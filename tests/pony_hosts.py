@@ -97,14 +97,13 @@ def join(
     version: int = 2,
     mtu: int = 1472,
     sealed: bool = False,
-    wire: bool = False,
+    wire: Wire | None = None,
     **more: Any,
 ) -> None:
-    """Set up the flows of two hosts, as their control code would."""
+    """Set up the flows of two hosts, as their control code would; `wire` stays the caller's."""
     numbers = [host.ask("reserve", host=peer.name)["flow"] for host, peer in ((one, two), (two, one))]
     keys = [os.urandom(32).hex() for _ in range(2)]
-    end = Wire.make(mtu) if wire else None
-    ends = (end, end.other()) if end else (None, None)
+    ends = (wire, wire.other()) if wire else (None, None)
     for host, peer, remote, (send, receive), own in (
         (one, two, numbers[1], keys, ends[0]),
         (two, one, numbers[0], keys[::-1], ends[1]),
@@ -120,5 +119,3 @@ def join(
             keys={"send": send, "receive": receive} if sealed else None,
             wire=own.request() if own else None,
         )
-    if end is not None:
-        end.close()

@@ -35,6 +35,8 @@ _PATIENCE: Final = 1.0
 """Seconds for the other end to say its part; UDP serves as well."""
 
 _MOST: Final = 256
+_VISITORS: Final = 4
+"""Others may find the socket, too; they cannot hold up a set-up."""
 
 
 def machine() -> list[str]:
@@ -60,16 +62,16 @@ class Wire:
     fds: tuple[int, ...]
 
     @classmethod
-    def make(cls, mtu: int) -> Self:
+    def make(cls, mtu: int, frames: int = FRAMES) -> Self:
         """Raises OSError."""
-        fds = [_native.make_wire(FRAMES, mtu)]
+        fds = [_native.make_wire(frames, mtu)]
         try:
             for _ in range(2):
                 fds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         except OSError:
             _close(fds)
             raise
-        return cls(0, _Shape(FRAMES, mtu), tuple(fds))
+        return cls(0, _Shape(frames, mtu), tuple(fds))
 
     def request(self) -> dict[str, Any]:
         """As the engine is told of it."""
@@ -121,18 +123,20 @@ class Offer:
         self.told = os.urandom(setup.WIRE_BYTES).hex()
         self.taken = False
         name, self._token = _parts(self.told)
-        self.wire = Wire.make(mtu)
         self._listener = _socket()
         try:
             self._listener.bind(name)
-            self._listener.listen(4)
+            self._listener.listen(_VISITORS)
+            self.wire = Wire.make(mtu)
         except OSError:
-            self.close()
+            self._listener.close()
             raise
 
     def serve(self, stream: Stream) -> None:
-        """Until the end is taken, or the other host has something else to say. Raises TimeoutError."""
-        while not self.taken and stream.waits_for(self._listener):
+        """Until the end is taken, the other host says something else, or too many others came. Raises TimeoutError."""
+        for _ in range(_VISITORS):
+            if self.taken or not stream.waits_for(self._listener):
+                return
             with contextlib.suppress(OSError), self._listener.accept()[0] as sock:
                 sock.settimeout(_PATIENCE)
                 if _same_user(sock) and hmac.compare_digest(sock.recv(_MOST), self._token):
@@ -191,7 +195,7 @@ def _socket() -> socket.socket:
 def _same_user(sock: socket.socket) -> bool:
     data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     uid: int = _CREDENTIALS.unpack(data)[1]
-    return uid == os.getuid()
+    return uid == os.geteuid()
 
 
 def _close(fds: Sequence[int]) -> None:
