@@ -37,6 +37,7 @@ class Two:
     """Two hosts, an application on each, connected: `near` asked for it."""
 
     def __init__(self, frames: int = 0, **how: Any) -> None:
+        self.how = how
         self.wire = Wire.make(how.get("mtu", 1472), frames) if frames else None
         self.a, self.b = Host("a"), Host("b")
         self.near, self.far = self.a.open(), self.b.open()
@@ -378,7 +379,10 @@ def test_a_new_set_up_replaces_the_flows_and_loses_nothing(plain: Two) -> None:
         for _ in range(20):
             plain.out.send(b"%d" % sent)
             sent += 1
-        join(plain.a, plain.b, sealed=turn % 2 == 0, version=1 + turn % 2)
+        wire = Wire.make(1472) if turn % 3 else None
+        join(plain.a, plain.b, sealed=turn % 2 == 0, version=1 + turn % 2, wire=wire)
+        if wire is not None:
+            wire.close()
     assert drain(plain.back, sent) == [b"%d" % number for number in range(sent)]
 
 
