@@ -24,12 +24,11 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use self::asks::Progress;
 use self::line::{Item, Line};
 use self::ranges::Ranges;
-use self::receive::Burst;
 use self::rows::{Ask, Blob, Ending, Export, Held, Link, Sending, Stream};
 use self::wires::Wires;
 use super::flow::{Nanos, Wheel};
 use super::numbered::Numbered;
-use super::port::Port;
+use super::port::{Burst, Port};
 use crate::state::{Frame, ObjectSpec, Result, Segment};
 
 /// Large messages of one connection that may be under way.

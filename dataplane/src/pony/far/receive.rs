@@ -14,7 +14,7 @@ use crate::pony::desk::Desk;
 use crate::pony::flow::wire::{self, Header, PAYLOAD, SEALED};
 use crate::pony::flow::{Nanos, Receipt};
 use crate::pony::outbox::CREDITS;
-use crate::pony::port::{self, Port};
+use crate::pony::port::{self, Burst, Port};
 use crate::pony::rows::{Connection, ECHO, NOBODY, SMALL};
 use crate::state::{Result, Segment, StateError};
 use crate::stats::monotonic_ns;
@@ -24,19 +24,6 @@ const PACKETS: usize = 128;
 const BYTES: usize = 256 * 1024;
 /// Rows for messages that came too early: with fewer left, such messages have to come again.
 const MARGIN: usize = 512;
-
-/// A port's burst: how many packets there are, and how many were looked at.
-#[derive(Clone, Copy, Default)]
-pub struct Burst {
-    came: usize,
-    looked: usize,
-}
-
-impl Burst {
-    pub fn left(self) -> bool {
-        self.looked < self.came
-    }
-}
 
 /// How a packet came: from an address, or by the wire of a link.
 #[derive(Clone, Copy)]
@@ -50,15 +37,17 @@ impl Desk {
     pub fn receive(&mut self, segment: &mut Segment) -> Result<usize> {
         let Some(mut port) = self.far.port.take() else { return Ok(0) };
         let mut burst = std::mem::take(&mut self.far.burst);
-        let outcome = self.drain(segment, &mut *port, &mut burst, None);
+        let links = self.far.wires.links();
+        let share = 1 + links.len();
+        let outcome = self.drain(segment, &mut port, &mut burst, None, share);
         (self.far.port, self.far.burst) = (Some(port), burst);
         let mut done = outcome?.map_err(|error| StateError::Os {
             what: "receiving packets",
             source: std::io::Error::other(error.to_string()),
         })?;
-        for link in self.far.wires.links() {
+        for link in links {
             let Some(mut plug) = self.far.wires.take(link) else { continue };
-            let outcome = self.drain(segment, &mut plug.wire, &mut plug.burst, Some(link));
+            let outcome = self.drain(segment, &mut plug.wire, &mut plug.burst, Some(link), share);
             self.far.wires.put(link, plug);
             match outcome? {
                 Ok(count) => done += count,
@@ -69,18 +58,20 @@ impl Desk {
         Ok(done)
     }
 
-    /// Take in packets of one port: that of all links, or the wire of one.
+    /// Take in packets of one port: that of all links, or the wire of one. There are `share` of them, and a poll's changes
+    /// have to fit the state's log.
     fn drain(
         &mut self,
         segment: &mut Segment,
         port: &mut dyn Port,
         burst: &mut Burst,
         wire: Option<u32>,
+        share: usize,
     ) -> Result<port::Result<usize>> {
         let mut done = 0;
         let mut bytes = 0;
         let mut now = monotonic_ns();
-        while done < PACKETS && bytes < BYTES && self.outbox.has_room() {
+        while done * share < PACKETS && bytes * share < BYTES && self.outbox.has_room() {
             if !burst.left() {
                 *burst = match port.receive() {
                     Ok(came) => Burst { came, looked: 0 },

@@ -67,7 +67,7 @@ impl Desk {
             let mut plug = self.far.wires.take(link);
             let (out, portion): (&mut dyn Port, usize) = match &mut plug {
                 Some(plug) => (&mut plug.wire, PORTION),
-                None => (&mut *port, usize::MAX),
+                None => (&mut port, usize::MAX),
             };
             let (count, then) = self.push(&mut line, out, portion, now);
             sent += count;

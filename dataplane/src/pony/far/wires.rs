@@ -11,13 +11,12 @@ use rustix::event::epoll;
 use serde::Deserialize;
 
 use super::line::Item;
-use super::receive::Burst;
 use super::Far;
 use crate::bell::Bell;
 use crate::pony::desk::Desk;
 use crate::pony::flow::{Nanos, MILLISECOND};
 use crate::pony::port::wire::{self, Shape, Side, Wire};
-use crate::pony::port::{Address, Port};
+use crate::pony::port::{Address, Burst, Port};
 use crate::state::{Result, StateError};
 
 /// How long nothing was heard by a wire, though something is under way: its other end may be dead, and UDP may find another.

@@ -58,6 +58,19 @@ pub struct Statistics {
     pub merges_received: bool,
 }
 
+/// How many packets a burst has, and how many of them were looked at.
+#[derive(Clone, Copy, Default)]
+pub struct Burst {
+    pub came: usize,
+    pub looked: usize,
+}
+
+impl Burst {
+    pub fn left(self) -> bool {
+        self.looked < self.came
+    }
+}
+
 pub trait Port {
     /// The longest packet that can be sent, in bytes.
     fn mtu(&self) -> usize;
