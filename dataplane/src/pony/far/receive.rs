@@ -35,16 +35,16 @@ enum Via {
 impl Desk {
     /// Take in packets; how many. Raises `Full`, `Os`.
     pub fn receive(&mut self, segment: &mut Segment) -> Result<usize> {
-        let Some(mut port) = self.far.port.take() else { return Ok(0) };
-        let mut burst = std::mem::take(&mut self.far.burst);
+        if self.far.port.is_none() {
+            return Ok(0);
+        }
         let links = self.far.wires.links();
         let share = 1 + links.len();
-        let outcome = self.drain(segment, &mut port, &mut burst, None, share);
-        (self.far.port, self.far.burst) = (Some(port), burst);
-        let mut done = outcome?.map_err(|error| StateError::Os {
-            what: "receiving packets",
-            source: std::io::Error::other(error.to_string()),
-        })?;
+        let mut done = 0;
+        if self.far.wires.network_is_due(self.far.lines.len()) {
+            done = self.drain_network(segment, share)?;
+            self.far.wires.looked_at_network(done);
+        }
         for link in links {
             let Some(mut plug) = self.far.wires.take(link) else { continue };
             let outcome = self.drain(segment, &mut plug.wire, &mut plug.burst, Some(link), share);
@@ -56,6 +56,17 @@ impl Desk {
         }
         self.look_around(segment, monotonic_ns())?;
         Ok(done)
+    }
+
+    fn drain_network(&mut self, segment: &mut Segment, share: usize) -> Result<usize> {
+        let Some(mut port) = self.far.port.take() else { return Ok(0) };
+        let mut burst = std::mem::take(&mut self.far.burst);
+        let outcome = self.drain(segment, &mut port, &mut burst, None, share);
+        (self.far.port, self.far.burst) = (Some(port), burst);
+        outcome?.map_err(|error| StateError::Os {
+            what: "receiving packets",
+            source: std::io::Error::other(error.to_string()),
+        })
     }
 
     /// Take in packets of one port: that of all links, or the wire of one. There are `share` of them, and a poll's changes

@@ -22,6 +22,9 @@ use crate::state::{Result, StateError};
 /// How long nothing was heard by a wire, though something is under way: its other end may be dead, and UDP may find another.
 const SILENT: Nanos = 1_000 * MILLISECOND;
 
+/// Polls of an engine whose links have wires, of which one looks at the network.
+const SELDOM: u32 = 16;
+
 /// One end of a wire, as control code has it. The descriptors stay its own: segment, the bell to listen to, the one to ring.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -67,16 +70,18 @@ impl Drop for Plug {
 pub struct Wires {
     bells: Option<Bells>,
     plugs: HashMap<u32, Plug>,
+    /// Polls since the network was looked at.
+    polls: u32,
 }
 
 impl Wires {
     pub fn with(bells: Bells) -> Wires {
-        Wires { bells: Some(bells), plugs: HashMap::new() }
+        Wires { bells: Some(bells), ..Wires::default() }
     }
 
     /// For an engine that begins anew.
     pub fn without_any(&self) -> Wires {
-        Wires { bells: self.bells.clone(), plugs: HashMap::new() }
+        Wires { bells: self.bells.clone(), ..Wires::default() }
     }
 
     pub fn bells(&self) -> Option<&Bells> {
@@ -128,6 +133,20 @@ impl Wires {
     /// After sleeping.
     pub fn disarm(&mut self) {
         self.plugs.values_mut().for_each(|plug| plug.wire.disarm());
+        // It may be what rang.
+        self.polls = SELDOM;
+    }
+
+    /// Whether to look for packets that come by UDP. Where each of the `lines` has a wire, only who has lost it sends there,
+    /// and a system call in each poll would cost more than all else.
+    pub fn network_is_due(&mut self, lines: usize) -> bool {
+        self.polls += 1;
+        self.plugs.is_empty() || self.plugs.len() < lines || self.polls > SELDOM
+    }
+
+    /// It was, and brought `done` packets: where there were some, there may be more.
+    pub fn looked_at_network(&mut self, done: usize) {
+        self.polls = if done > 0 { SELDOM } else { 0 };
     }
 }
 
