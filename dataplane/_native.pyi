@@ -26,6 +26,10 @@ LAYOUT_VERSION: Final[int]
 def ring_bytes(slots: int) -> int:
     """Bytes of a channel's ring segment with `slots` descriptors (a power of two, 64 to 65536) per direction."""
 
+def make_wire(frames: int, mtu: int) -> int:
+    """A sealed segment for a wire between two engines of Pony; the descriptor is the caller's. `frames`, a power of
+    two: packets of up to `mtu` bytes that each direction holds. Raises ValueError, OSError."""
+
 class Endpoint:
     """One end of a channel. Sending and receiving may each be used by one thread at a time.
 

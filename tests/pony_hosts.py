@@ -11,6 +11,7 @@ from typing import Any, Self
 from snap.dataplane import _native
 from snap.dataplane.errors import NotRunningError
 from snap.modules.pony import Pony
+from snap.modules.pony.wires import Wire
 from snap.modules.rigs import ChannelPair, memory
 from tests.waiting import until
 
@@ -90,14 +91,22 @@ class Host:
 
 
 def join(
-    one: Host, two: Host, *, version: int = 2, mtu: int = 1472, sealed: bool = False, **more: Any
+    one: Host,
+    two: Host,
+    *,
+    version: int = 2,
+    mtu: int = 1472,
+    sealed: bool = False,
+    wire: Wire | None = None,
+    **more: Any,
 ) -> None:
-    """Set up the flows of two hosts, as their control code would."""
+    """Set up the flows of two hosts, as their control code would; `wire` stays the caller's."""
     numbers = [host.ask("reserve", host=peer.name)["flow"] for host, peer in ((one, two), (two, one))]
     keys = [os.urandom(32).hex() for _ in range(2)]
-    for host, peer, remote, (send, receive) in (
-        (one, two, numbers[1], keys),
-        (two, one, numbers[0], keys[::-1]),
+    ends = (wire, wire.other()) if wire else (None, None)
+    for host, peer, remote, (send, receive), own in (
+        (one, two, numbers[1], keys, ends[0]),
+        (two, one, numbers[0], keys[::-1], ends[1]),
     ):
         host.ask(
             "attach",
@@ -108,4 +117,5 @@ def join(
             mtu=mtu,
             algorithm=more.get("algorithm", "swift"),
             keys={"send": send, "receive": receive} if sealed else None,
+            wire=own.request() if own else None,
         )

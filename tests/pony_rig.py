@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from pathlib import Path
@@ -21,6 +22,9 @@ class FakeEngine:
         self.flows: dict[str, int] = {}
         self.attached: dict[str, list[dict[str, Any]]] = {}
         self.refused: dict[str, list[str]] = {}
+        self.segments: list[tuple[int, int]] = []
+        """Of each wire that it was given: side, and inode of the segment."""
+
         self.hold: threading.Event | None = None
         """When there, the first to reserve waits for it."""
 
@@ -34,6 +38,8 @@ class FakeEngine:
                 assert hold.wait(20)
             return {"flow": self.flows.setdefault(host, 100 + len(self.flows))}
         if do == "attach":
+            if (wire := request["wire"]) is not None:
+                self.segments.append((wire["side"], os.fstat(wire["fds"][0]).st_ino))
             self.attached.setdefault(host, []).append(request)
         elif do == "refuse":
             self.refused.setdefault(host, []).append(request["why"])

@@ -44,6 +44,7 @@ FLOWS = [
         "attached": True,
         "connections": 3,
         "address": "10.0.0.2:4747",
+        "port": "udp",
         "version": 2,
         "mtu": 1472,
         "sealed": True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from snap.modules.pony import (
     Status,
     TooLongError,
 )
+from snap.modules.pony.wires import Wire
 from tests.pony_hosts import Host, join
 from tests.waiting import until
 
@@ -34,27 +36,36 @@ SOON = 20.0
 class Two:
     """Two hosts, an application on each, connected: `near` asked for it."""
 
-    def __init__(self, **how: object) -> None:
+    def __init__(self, frames: int = 0, **how: Any) -> None:
         self.how = how
+        self.wire = Wire.make(how.get("mtu", 1472), frames) if frames else None
         self.a, self.b = Host("a"), Host("b")
         self.near, self.far = self.a.open(), self.b.open()
         self.far.bind("far")
-        join(self.a, self.b, **how)  # type: ignore[arg-type]
+        join(self.a, self.b, wire=self.wire, **how)
         self.out: Connection = self.near.connect("b/far")
         self.back: Connection = self.far.accept(SOON)
 
     def close(self) -> None:
         self.a.close()
         self.b.close()
+        if self.wire is not None:
+            self.wire.close()
+
+    def ports(self) -> tuple[str, str]:
+        return self.a.flow("b")["port"], self.b.flow("a")["port"]
 
 
-HOWS = {
+HOWS: dict[str, dict[str, Any]] = {
     "ethernet": {},
     "version-1": {"version": 1},
     "jumbo": {"mtu": 8972},
     "smallest": {"mtu": 508},
     "sealed": {"sealed": True},
     "timely": {"algorithm": "timely"},
+    "wire": {"frames": 512},
+    "sealed-wire": {"frames": 512, "sealed": True, "mtu": 8972},
+    "narrow-wire": {"frames": 1, "mtu": 8972},
 }
 
 
@@ -368,7 +379,10 @@ def test_a_new_set_up_replaces_the_flows_and_loses_nothing(plain: Two) -> None:
         for _ in range(20):
             plain.out.send(b"%d" % sent)
             sent += 1
-        join(plain.a, plain.b, sealed=turn % 2 == 0, version=1 + turn % 2)
+        wire = Wire.make(1472) if turn % 3 else None
+        join(plain.a, plain.b, sealed=turn % 2 == 0, version=1 + turn % 2, wire=wire)
+        if wire is not None:
+            wire.close()
     assert drain(plain.back, sent) == [b"%d" % number for number in range(sent)]
 
 

@@ -3,11 +3,13 @@ of both talk."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,19 +60,40 @@ class Hosts:
         self.out = self.near.connect("beta/store", timeout=SOON)
         self.back = self.far.accept(SOON)
 
+        self.shared = "shared_memory" not in options
+
+    def flows(self) -> list[dict[str, Any]]:
+        """That of alpha, that of beta."""
+        found = []
+        for client in self.clients:
+            with client.open("pony-control", timeout=SOON) as channel:
+                channel.send(b'{"list": "flows"}', timeout=SOON)
+                found += json.loads(channel.recv(timeout=SOON)).get("items", [{"port": "none"}])
+        return found
+
+    def ports(self) -> set[str]:
+        return {flow["port"] for flow in self.flows()}
+
     def close(self) -> None:
         for each in (self.near, self.far, *self.clients):
             each.close()
 
 
-@pytest.fixture(params=['encryption = "required"', 'encryption = "off"'], ids=["sealed", "clear"])
+HOWS = {
+    "sealed": "shared_memory = false",
+    "clear": 'shared_memory = false\nencryption = "off"',
+    "wire": "",
+}
+
+
+@pytest.fixture(params=HOWS)
 def hosts(
     kernel: Callable[..., KernelProcess],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> Iterator[Hosts]:
-    made = Hosts(kernel, tmp_path, monkeypatch, request.param)
+    made = Hosts(kernel, tmp_path, monkeypatch, HOWS[request.param])
     try:
         yield made
     finally:
@@ -110,6 +133,21 @@ def test_upgrades_and_crashes_on_both_hosts_lose_double_and_reorder_nothing(host
         assert sorted(add.result(SOON) for add in adds) == list(range(added, added + 30))
         added += 30
     assert words.array("<u8")[0] == added
+
+
+def test_hosts_of_one_machine_have_a_wire_if_they_want_one_and_another_one_after_a_crash(
+    hosts: Hosts,
+) -> None:
+    ports = {"shared memory"} if hosts.shared else {"udp"}
+    until(lambda: hosts.ports() == ports)
+    for number, it in enumerate(hosts.kernels):
+        before = [flow["epoch"] for flow in hosts.flows()]
+        kill(it)
+        hosts.out.send(b"%d" % number)
+        hosts.back.send(b"%d" % number)
+        assert hosts.back.recv(SOON).data == hosts.out.recv(SOON).data == b"%d" % number
+        until(lambda: hosts.ports() == ports)
+        assert [flow["epoch"] for flow in hosts.flows()][number] > before[number]
 
 
 def test_hosts_that_are_not_known_or_do_not_answer_are_said(hosts: Hosts) -> None:

@@ -52,7 +52,9 @@ def hello(name: str = "alpha", to: str = "beta", **change: Any) -> Hello:
 # -- messages ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("message", [hello(), Refusal(Reason.VERSION, "none"), Go()])
+@pytest.mark.parametrize(
+    "message", [hello(), hello(wire="ab" * 32), Refusal(Reason.VERSION, "none"), Go(), Go(wire=True)]
+)
 @pytest.mark.parametrize("step", [1, 7, 10_000])
 def test_messages_survive_however_they_are_cut(message: Message, step: int) -> None:
     data, reader = encode(message), Reader()

@@ -90,6 +90,7 @@ def flows(settings: Settings) -> None:
     columns: dict[str, Callable[[dict[str, Any]], object]] = {
         "HOST": lambda row: row["host"],
         "ADDRESS": lambda row: row.get("address") or "-",
+        "PORT": lambda row: row.get("port") or "-",
         "CONNECTIONS": lambda row: row["connections"],
         "WIRE": lambda row: f"{row['version']}, {row['mtu']} B" if row["attached"] else "-",
         "SEALED": lambda row: "yes" if row.get("sealed") else "no",

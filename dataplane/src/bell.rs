@@ -41,6 +41,12 @@ impl Bell {
     }
 }
 
+impl From<OwnedFd> for Bell {
+    fn from(fd: OwnedFd) -> Bell {
+        Bell(fd)
+    }
+}
+
 impl AsFd for Bell {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()

@@ -43,7 +43,7 @@ class Peer(Table, frozen=True):
 class Config(Table, frozen=True):
     """Port 0: any that is free. `paths`: source ports of UDP, over which the network spreads what is sent. `advertise`:
     where peers send UDP to; default: the address that they see this host at. `dns`: a peer without an address here is
-    looked up by its name."""
+    looked up by its name. `shared_memory`: instead of UDP, with hosts of this machine that want it too."""
 
     name: HostName = msgspec.field(default_factory=lambda: socket.gethostname()[:63])
     listen: str = "0.0.0.0"
@@ -57,6 +57,7 @@ class Config(Table, frozen=True):
         default_factory=lambda: list(VERSIONS)
     )
     dns: bool = False
+    shared_memory: bool = True
     peers: dict[HostName, Peer] = msgspec.field(default_factory=dict)
 
     @property

@@ -15,17 +15,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
+
 from snap.dataplane.errors import NotRunningError, SnapError
 
-from . import setup, streams
+from . import setup, streams, wires
 from .config import Config
 from .identity import Identity
 from .setup import Agreed, Go, Hello, Meeting, Reason, SetupError, Turn
 from .streams import Stream
+from .wires import Wire
 
 DEADLINE: Final = 5.0
 """Seconds that a set-up may take."""
@@ -162,9 +165,12 @@ class Control:
         said = stream.receive()
         if said is None:
             raise SetupError(Reason.UNREACHABLE, f"{host} ended the connection")
-        agreed = setup.agree(own, setup.check(own, said, host), address)
-        self._attach(agreed, turn)
-        stream.send(Go())
+        theirs = setup.check(own, said, host)
+        agreed = setup.agree(own, theirs, address)
+        near = theirs.wire and setup.one_machine(own, theirs)
+        with wires.taken(theirs.wire) if near else nullcontext() as wire:
+            self._attach(agreed, turn, wire)
+        stream.send(Go(wire is not None))
         return agreed
 
     # -- who listens ------------------------------------------------------------------------------------------
@@ -226,14 +232,19 @@ class Control:
             raise SetupError(Reason.CROSSED, "the set-up from here goes on")
         try:
             own = self._hello(host, address)
-            agreed = setup.agree(own, setup.check(own, greeting, host), address)
-            stream.send(own)
-            go = stream.receive()
-            if go is None:
-                raise _Overtaken
-            if not isinstance(go, Go):
-                raise SetupError(Reason.PROTOCOL, f"{host} did not go on as agreed")
-            self._attach(agreed, turn)
+            theirs = setup.check(own, greeting, host)
+            agreed = setup.agree(own, theirs, address)
+            near = setup.one_machine(own, theirs)
+            with wires.offered(agreed.mtu) if near else nullcontext() as offer:
+                stream.send(msgspec.structs.replace(own, wire=offer.told) if offer else own)
+                if offer:
+                    offer.serve(stream)
+                go = stream.receive()
+                if go is None:
+                    raise _Overtaken
+                if not isinstance(go, Go):
+                    raise SetupError(Reason.PROTOCOL, f"{host} did not go on as agreed")
+                self._attach(agreed, turn, offer.wire if offer and offer.taken and go.wire else None)
             self._record(host).become("connected")
             _log(f"{host}: {_words(agreed)}")
         finally:
@@ -253,10 +264,10 @@ class Control:
             address=self.config.advertise,
             encrypt=encrypt,
             secret=os.urandom(setup.SECRET_BYTES).hex(),
-            features=list(setup.FEATURES),
+            features=[*setup.FEATURES, *(wires.machine() if self.config.shared_memory else [])],
         )
 
-    def _attach(self, agreed: Agreed, turn: Turn) -> None:
+    def _attach(self, agreed: Agreed, turn: Turn, wire: Wire | None) -> None:
         """Under the lock: what the engine was told last is what counts."""
         keys = agreed.keys
         with self._lock:
@@ -274,6 +285,7 @@ class Control:
                     "keys": None
                     if keys is None
                     else {"send": keys.send.hex(), "receive": keys.receive.hex()},
+                    "wire": None if wire is None else wire.request(),
                 }
             )
 

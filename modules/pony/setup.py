@@ -34,6 +34,10 @@ ENCRYPTION: Final = "encryption"
 FEATURES: Final = (ENCRYPTION,)
 SECRET_BYTES: Final = 32
 KEY_BYTES: Final = 32
+MACHINE: Final = "machine-"
+"""How the feature begins that says which machine a host runs on: those of one may have a wire of shared memory."""
+
+WIRE_BYTES: Final = 32
 
 
 class Reason(StrEnum):
@@ -60,7 +64,8 @@ class SetupError(SnapError):
 
 class Hello(msgspec.Struct, frozen=True, tag_field="is", tag="hello"):
     """What one side is and can do. `mtu`: bytes of UDP payload. `secret`: random bytes of its own, in hexadecimal.
-    `address`: where to send UDP to, "" for the other end of this connection."""
+    `address`: where to send UDP to, "" for the other end of this connection. `wire`: how a host of the
+    same machine gets the wire that the one who listens offers, "" for none."""
 
     name: HostName
     to: HostName
@@ -71,6 +76,7 @@ class Hello(msgspec.Struct, frozen=True, tag_field="is", tag="hello"):
     encrypt: bool
     secret: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
     address: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    wire: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
     features: Annotated[list[Annotated[str, msgspec.Meta(max_length=32)]], msgspec.Meta(max_length=32)] = (
         msgspec.field(default_factory=list)
     )
@@ -82,7 +88,9 @@ class Refusal(msgspec.Struct, frozen=True, tag_field="is", tag="refusal"):
 
 
 class Go(msgspec.Struct, frozen=True, tag_field="is", tag="go"):
-    pass
+    """`wire`: packets go by the one that was offered."""
+
+    wire: bool = False
 
 
 Message = Hello | Refusal | Go
@@ -181,6 +189,11 @@ def agree(own: Hello, theirs: Hello, seen: str) -> Agreed:
     place = f"[{address}]" if address.version == 6 else str(address)
     mtu = min(own.mtu, theirs.mtu, LARGEST_MTU)
     return Agreed(theirs.name, theirs.flow, f"{place}:{theirs.port}", version, mtu, keys)
+
+
+def one_machine(own: Hello, theirs: Hello) -> bool:
+    """Both hosts say that they run on the same one."""
+    return any(each.startswith(MACHINE) for each in {*own.features} & {*theirs.features})
 
 
 def derive(own: Hello, theirs: Hello, version: int) -> Keys:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import ssl
 import time
@@ -60,6 +61,14 @@ class Stream:
             message = self._reader.feed(data)
             if message is not None:
                 return message
+
+    def waits_for(self, other: socket.socket) -> bool:
+        """Sleep until there is something on `other` (true), or from the other end. Raises TimeoutError."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        poll.register(other, select.POLLIN)
+        found = [] if self._sock.pending() else poll.poll(left(self._end) * 1000)
+        return any(fd == other.fileno() for fd, _ in found)
 
     def turn_away(self, error: SetupError) -> None:
         """Say why, as far as that goes."""

@@ -1,10 +1,11 @@
 //! The engine of Pony Express: serves the commands of its applications.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use super::command::HEAD;
 use super::desk::{Desk, Order};
+use super::far::wires::{Bells, Wires};
 use super::far::Far;
 use super::port::udp::Udp;
 use super::rows::SMALL;
@@ -34,7 +35,9 @@ impl Engine for Pony {
 
     fn adopt(&mut self, state: &mut Segment) -> state::Result<()> {
         let port = self.desk.far.take_port();
+        let wires = self.desk.far.wires.without_any();
         self.desk = Desk::adopt(state, port)?;
+        self.desk.far.wires = wires;
         self.known = None;
         Ok(())
     }
@@ -44,12 +47,14 @@ impl Engine for Pony {
         if !fds.is_empty() {
             let port = Udp::from_fds(fds, MTU).map_err(|error| StateError::Usage(error.to_string()))?;
             self.desk.far = Far::with(Box::new(port));
+            self.desk.far.wires = Wires::with(Bells::new()?);
         }
         Ok(())
     }
 
     fn watched(&self) -> Vec<BorrowedFd<'_>> {
-        self.desk.far.port().map(|port| port.fd()).into_iter().collect()
+        let far = &self.desk.far;
+        far.port().map(|port| port.fd()).into_iter().chain(far.wires.bells().map(|bells| bells.as_fd())).collect()
     }
 
     fn rest(&mut self) -> Duration {

@@ -13,8 +13,11 @@ mod state;
 mod view;
 mod waiting;
 
+use std::os::fd::IntoRawFd;
+
 use pyo3::prelude::*;
 
+use crate::pony::port::{wire, PortError};
 use crate::{gate, layout, stats};
 
 #[pyfunction]
@@ -24,6 +27,19 @@ fn ring_bytes(slots: u32) -> PyResult<usize> {
         return Err(pyo3::exceptions::PyValueError::new_err(text));
     }
     Ok(layout::ring_bytes(slots))
+}
+
+#[pyfunction]
+fn make_wire(frames: u32, mtu: u32) -> PyResult<i32> {
+    let Some(shape) = wire::Shape::new(frames, mtu) else {
+        let text = format!("there is no wire of {frames} frames of {mtu} bytes");
+        return Err(pyo3::exceptions::PyValueError::new_err(text));
+    };
+    match wire::make(shape) {
+        Ok(fd) => Ok(fd.into_raw_fd()),
+        Err(PortError::Os { source, .. }) => Err(source.into()),
+        Err(error) => Err(pyo3::exceptions::PyOSError::new_err(error.to_string())),
+    }
 }
 
 #[pyfunction]
@@ -68,6 +84,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<runtime::Poller>()?;
     module.add_class::<runtime::Worker>()?;
     module.add_function(wrap_pyfunction!(ring_bytes, module)?)?;
+    module.add_function(wrap_pyfunction!(make_wire, module)?)?;
     module.add_function(wrap_pyfunction!(engines, module)?)?;
     module.add_function(wrap_pyfunction!(runtime::engine_schema, module)?)?;
     module.add_function(wrap_pyfunction!(runtime::engine_convert, module)?)?;

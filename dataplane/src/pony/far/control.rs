@@ -8,6 +8,7 @@ use serde_json::{json, Value};
 
 use super::line::Line;
 use super::rows::{Attached, HOST};
+use super::wires::{Given, Plug};
 use crate::pony::command::Status;
 use crate::pony::desk::Desk;
 use crate::pony::flow::{Algorithm, Version};
@@ -27,6 +28,7 @@ enum Request {
         mtu: u16,
         algorithm: Name,
         keys: Option<Keys>,
+        wire: Option<Given>,
     },
     Refuse {
         host: String,
@@ -74,7 +76,7 @@ impl Desk {
         self.far.hold = true;
         let answer = match request {
             Request::Reserve { host } => self.reserve(segment, &host)?,
-            Request::Attach { host, remote, address, version, mtu, algorithm, keys } => {
+            Request::Attach { host, remote, address, version, mtu, algorithm, keys, wire } => {
                 let version = Version::of(version).ok_or_else(|| usage(format!("there is no version {version}")))?;
                 if mtu < LEAST_MTU || usize::from(mtu) > crate::pony::port::udp::MAX_MTU {
                     return Err(usage(format!("packets of {mtu} bytes: at least {LEAST_MTU}")));
@@ -84,7 +86,10 @@ impl Desk {
                     Name::Swift => Algorithm::Swift,
                     Name::Timely => Algorithm::Timely,
                 };
-                self.attach(segment, &host, Attached { remote, address, version, algorithm, mtu, keys })?
+                let plug = wire.map(|given| self.far.wires.open(&given, mtu, address)).transpose()?;
+                let wired = plug.is_some();
+                let attached = Attached { remote, address, version, algorithm, mtu, keys, wired };
+                self.attach(segment, &host, attached, plug)?
             }
             Request::Refuse { host, why } => {
                 if let Some(link) = self.far.by_host.get(host.as_bytes()).copied() {
@@ -115,13 +120,17 @@ impl Desk {
         Ok(json!({ "flow": link | u32::from(salt) << 16 }))
     }
 
-    fn attach(&mut self, segment: &mut Segment, host: &str, attached: Attached) -> Result<Value> {
+    fn attach(&mut self, segment: &mut Segment, host: &str, attached: Attached, plug: Option<Plug>) -> Result<Value> {
         let link = *self.far.by_host.get(host.as_bytes()).ok_or_else(|| usage(format!("{host}: reserve first")))?;
         self.far.links.update(segment, link, |row| {
             row.salt = row.salt.wrapping_add(1);
             row.attached = Some(attached);
         })?;
         self.far.refusals.remove(&link);
+        self.far.wires.take(link);
+        if let Some(plug) = plug {
+            self.far.wires.put(link, plug);
+        }
         if let Some(row) = self.far.links.get(link) {
             self.far.ready.retain(|other| *other != link);
             self.far.lines.insert(link, Box::new(Line::new(row, attached)));
@@ -160,6 +169,7 @@ impl Desk {
                     "connections": connections,
                     "attached": true,
                     "address": line.attached.address.to_string(),
+                    "port": if self.far.wires.has(link) { "shared memory" } else { "udp" },
                     "version": line.attached.version as u8,
                     "mtu": line.attached.mtu,
                     "sealed": line.seal.is_some(),

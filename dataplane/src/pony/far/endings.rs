@@ -131,6 +131,7 @@ impl Desk {
             return Ok(());
         }
         self.far.looked_around = now;
+        self.lose_silent_wires(now);
         let silent = |far: &Far, link: u32| far.lines.get(&link).map(|line| line.flow.silence(now));
         let wanted: Vec<(u32, Nanos)> = self
             .far
@@ -141,6 +142,7 @@ impl Desk {
                 Some(silence) if silence > LOOK_AROUND => Some((link, silence)),
                 // New keys come with a new set-up.
                 _ if self.far.lines.get(&link).is_some_and(|line| line.stale(now)) => Some((link, 0)),
+                _ if self.far.misses_wire(link) => Some((link, 0)),
                 _ => None,
             })
             .collect();
@@ -199,6 +201,7 @@ impl Far {
     /// Everything that is known of a host, to which there are no connections.
     pub(super) fn unlink(&mut self, segment: &mut Segment, link: u32) -> Result<()> {
         self.lines.remove(&link);
+        self.wires.take(link);
         self.ready.retain(|other| *other != link);
         self.wanted.remove(&link);
         self.refusals.remove(&link);

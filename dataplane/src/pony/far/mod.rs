@@ -17,6 +17,7 @@ mod resync;
 pub mod rows;
 mod seal;
 mod transmit;
+pub mod wires;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
@@ -26,9 +27,10 @@ use self::asks::Progress;
 use self::line::{Item, Line};
 use self::ranges::Ranges;
 use self::rows::{Ask, Blob, Ending, Export, Held, Link, Sending, Stream};
+use self::wires::Wires;
 use super::flow::{Nanos, Wheel};
 use super::numbered::Numbered;
-use super::port::Port;
+use super::port::{Burst, Port};
 use crate::state::{Frame, ObjectSpec, Result, Segment};
 use crate::stats::monotonic_ns;
 
@@ -118,19 +120,17 @@ pub struct Far {
     epoch: u32,
     id: u64,
     port: Option<Box<dyn Port + Send>>,
+    pub wires: Wires,
     wheel: Option<Wheel>,
     due: Vec<u32>,
     ready: VecDeque<u32>,
-    /// Of the port's burst: how many packets there are, and how many were looked at.
-    burst: usize,
-    looked: usize,
-    burst_at: Nanos,
+    burst: Burst,
     /// When the engine slept last.
     slept_at: Nanos,
     woke_at: Nanos,
     opened: Vec<u8>,
-    /// The port has no room.
-    blocked: bool,
+    /// Of those that are ready, how many found no room in their port.
+    blocked: usize,
     said: VecDeque<Vec<u8>>,
     /// Hosts that are wanted: when that was said last.
     wanted: FxHashMap<u32, Nanos>,
@@ -247,10 +247,10 @@ impl Far {
 
     /// Whether there is something to do now, and if not, when.
     pub fn rest(&mut self, now: Nanos) -> Option<Nanos> {
-        if self.looked < self.burst || (!self.ready.is_empty() && !self.blocked) {
+        if self.burst.left() || self.eager() {
             return None;
         }
-        if !self.port.as_mut().is_none_or(|port| port.arm()) {
+        if !self.port.as_mut().is_none_or(|port| port.arm()) || !self.wires.arm() {
             return None;
         }
         let next = self.wheel.as_ref().and_then(Wheel::next).unwrap_or(Nanos::MAX);
@@ -258,9 +258,9 @@ impl Far {
         (next > now).then_some(next)
     }
 
-    /// Whether there is something to send that the port would take.
+    /// Whether there is something to send that a port would take.
     pub fn eager(&self) -> bool {
-        !self.blocked && !self.ready.is_empty()
+        self.ready.len() > self.blocked
     }
 
     pub fn wake(&mut self) {
@@ -268,6 +268,7 @@ impl Far {
         if let Some(port) = &mut self.port {
             port.disarm();
         }
+        self.wires.disarm();
     }
 
     pub fn say(&mut self) -> Option<Vec<u8>> {

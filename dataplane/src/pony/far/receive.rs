@@ -1,6 +1,7 @@
 //! What comes in.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 
 use super::frame::{self, Ends, Frame};
 use super::line::Item;
@@ -14,6 +15,7 @@ use crate::pony::flow::wire::{self, Header, PAYLOAD, SEALED};
 use crate::pony::flow::{Nanos, Receipt, MILLISECOND};
 use crate::pony::numbered::of_link;
 use crate::pony::outbox::CREDITS;
+use crate::pony::port::{self, Burst, Port};
 use crate::pony::rows::{Connection, ECHO, NOBODY, SMALL};
 use crate::state::{Result, Segment, StateError};
 use crate::stats::monotonic_ns;
@@ -36,58 +38,106 @@ struct Came {
 }
 
 impl Far {
-    /// Of a packet that is looked at now, and had waited so long when it was received.
-    fn came(&self, now: Nanos, waited: Nanos) -> Came {
-        let arrived = self.burst_at.saturating_sub(waited);
+    /// Of a packet that is looked at now.
+    fn came(&self, now: Nanos, arrived: Nanos) -> Came {
         let asleep = self.woke_at.saturating_sub(arrived.max(self.slept_at));
         Came { taken: now - asleep, queued: (now - arrived).saturating_sub(asleep) }
     }
 }
 
+/// How a packet came: from an address, or by the wire of a link.
+#[derive(Clone, Copy)]
+enum Via {
+    Network(IpAddr),
+    Wire(u32),
+}
+
 impl Desk {
     /// Take in packets, as many as leave half of the undo log to the rest of the poll; how many. Raises `Full`, `Os`.
     pub fn receive(&mut self, segment: &mut Segment) -> Result<usize> {
-        let Some(mut port) = self.far.port.take() else { return Ok(0) };
-        let mut done = 0;
-        let mut bytes = 0;
-        let mut outcome = Ok(());
-        let mut now = monotonic_ns();
-        while done < PACKETS && bytes < BYTES && self.outbox.has_room() && !segment.half_logged() && outcome.is_ok() {
-            if self.far.looked == self.far.burst {
-                self.far.looked = 0;
-                self.far.burst = port.receive().map_err(|error| StateError::Os {
-                    what: "receiving packets",
-                    source: std::io::Error::other(error.to_string()),
-                })?;
-                now = monotonic_ns();
-                self.far.burst_at = now;
-                if self.far.burst == 0 {
-                    break;
-                }
-            }
-            let (packet, from) = port.packet(self.far.looked);
-            let came = self.far.came(now, port.waited(self.far.looked));
-            self.far.looked += 1;
-            done += 1;
-            bytes += packet.len();
-            outcome = self.packet(segment, came, packet, from.ip());
+        if self.far.port.is_none() {
+            return Ok(0);
         }
-        self.far.port = Some(port);
-        outcome?;
-        self.look_around(segment, now)?;
+        let links = self.far.wires.links();
+        let share = 1 + links.len();
+        let mut done = 0;
+        if self.far.wires.network_is_due(self.far.lines.len()) {
+            done = self.drain_network(segment, share)?;
+            self.far.wires.looked_at_network(done);
+        }
+        for link in links {
+            let Some(mut plug) = self.far.wires.take(link) else { continue };
+            let outcome = self.drain(segment, &mut plug.wire, &mut plug.burst, Some(link), share);
+            self.far.wires.put(link, plug);
+            match outcome? {
+                Ok(count) => done += count,
+                Err(_) => self.lose_wire(link),
+            }
+        }
+        self.look_around(segment, monotonic_ns())?;
         Ok(done)
     }
 
-    fn packet(&mut self, segment: &mut Segment, came: Came, packet: &[u8], from: std::net::IpAddr) -> Result<()> {
+    fn drain_network(&mut self, segment: &mut Segment, share: usize) -> Result<usize> {
+        let Some(mut port) = self.far.port.take() else { return Ok(0) };
+        let mut burst = std::mem::take(&mut self.far.burst);
+        let outcome = self.drain(segment, &mut port, &mut burst, None, share);
+        (self.far.port, self.far.burst) = (Some(port), burst);
+        outcome?.map_err(|error| StateError::Os {
+            what: "receiving packets",
+            source: std::io::Error::other(error.to_string()),
+        })
+    }
+
+    /// Take in packets of one port: that of all links, or the wire of one. There are `share` of them, and a poll's changes
+    /// have to fit the state's log.
+    fn drain(
+        &mut self,
+        segment: &mut Segment,
+        port: &mut dyn Port,
+        burst: &mut Burst,
+        wire: Option<u32>,
+        share: usize,
+    ) -> Result<port::Result<usize>> {
+        let mut done = 0;
+        let mut bytes = 0;
+        let mut now = monotonic_ns();
+        while done * share < PACKETS && bytes * share < BYTES && self.outbox.has_room() && !segment.half_logged() {
+            if !burst.left() {
+                *burst = match port.receive() {
+                    Ok(count) => Burst { count, looked: 0, at: monotonic_ns() },
+                    Err(error) => return Ok(Err(error)),
+                };
+                now = burst.at;
+                if burst.count == 0 {
+                    break;
+                }
+            }
+            let (packet, from) = port.packet(burst.looked);
+            let came = self.far.came(now, burst.at - port.waited(burst.looked).min(burst.at));
+            burst.looked += 1;
+            done += 1;
+            bytes += packet.len();
+            self.packet(segment, came, packet, wire.map_or(Via::Network(from.ip()), Via::Wire))?;
+        }
+        Ok(Ok(done))
+    }
+
+    fn packet(&mut self, segment: &mut Segment, came: Came, packet: &[u8], via: Via) -> Result<()> {
         let Ok((_, flags, flow, number)) = wire::clear(packet) else { return Ok(()) };
         let link = flow & 0xffff;
         let salt = (flow >> 16) as u16;
         if self.far.links.get(link).is_none_or(|row| row.salt != salt) {
             return Ok(());
         }
-        let Some(line) = self.far.lines.get_mut(&link).filter(|line| line.attached.address.ip() == from) else {
-            return Ok(());
+        let Some(line) = self.far.lines.get_mut(&link) else { return Ok(()) };
+        let theirs = match via {
+            Via::Network(ip) => line.attached.address.ip() == ip,
+            Via::Wire(of) => of == link,
         };
+        if !theirs {
+            return Ok(());
+        }
         let mut opened = std::mem::take(&mut self.far.opened);
         let plain = match &line.seal {
             None => (flags & SEALED == 0).then_some(packet),
@@ -103,7 +153,7 @@ impl Desk {
         };
         let parsed = plain.and_then(|plain| Header::parse(plain).ok());
         let outcome = match parsed {
-            Some((header, payload)) => self.take_packet(segment, came, link, &header, payload),
+            Some((header, payload)) => self.take_packet(segment, came, (link, via), &header, payload),
             None => {
                 line.bad += 1;
                 Ok(())
@@ -117,7 +167,7 @@ impl Desk {
         &mut self,
         segment: &mut Segment,
         came: Came,
-        link: u32,
+        (link, via): (u32, Via),
         header: &Header,
         payload: &[u8],
     ) -> Result<()> {
@@ -142,6 +192,10 @@ impl Desk {
                 return Ok(());
             }
         };
+        if matches!(via, Via::Network(_)) && receipt != Receipt::Stale {
+            // Who has a wire sends nothing here.
+            self.far.wires.take(link);
+        }
         let restarted = line.peer_epoch.is_some() && line.peer_epoch != line.flow.peer_epoch;
         line.peer_epoch = line.flow.peer_epoch;
         let mut tokens = std::mem::take(&mut self.far.tokens);

@@ -24,6 +24,8 @@ pub struct Attached {
     pub mtu: u16,
     /// To seal with, to open with.
     pub keys: Option<[[u8; 32]; 2]>,
+    /// Whether it began with a wire of shared memory.
+    pub wired: bool,
 }
 
 /// Another host.
@@ -123,7 +125,7 @@ impl Row for Link {
             IpAddr::V6(ip) => ip,
         };
         row[96..112].copy_from_slice(&ip.octets());
-        put(row, 112, pair(u32::from(attached.address.port()), 1));
+        put(row, 112, pair(u32::from(attached.address.port()), 1 | u32::from(attached.wired) << 1));
         if let Some(keys) = attached.keys {
             put(row, 120, 1);
             row[128..160].copy_from_slice(&keys[0]);
@@ -156,6 +158,7 @@ fn attached(row: &[u8]) -> Option<Attached> {
         algorithm: if algorithm == 0 { Algorithm::Swift } else { Algorithm::Timely },
         mtu: u16::from_le_bytes(mtu),
         keys: if word(row, 120)? == 0 { None } else { Some([key(128)?, key(160)?]) },
+        wired: word(row, 112)? >> 33 & 1 == 1,
     })
 }
 

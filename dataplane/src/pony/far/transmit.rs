@@ -18,11 +18,22 @@ use crate::stats::monotonic_ns;
 
 /// Packets of one line before another has its turn.
 const TURN: usize = 64;
-/// Bytes of packets that leave at once: about as many as go through the network as one. The peer works on them while the
-/// next are written.
+/// Bytes that leave a UDP port at once: about as many as go through the network as one.
 const FLUSH: usize = 60_000;
+/// Bytes that the other end of a wire may work on while more are written.
+const PORTION: usize = 16_000;
 /// Less of a large message is not worth a place in a packet with other things.
 const LEAST_PIECE: usize = 256;
+
+/// What a line does after its turn.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Then {
+    Wait,
+    /// It wants another turn soon.
+    More,
+    /// The same, but its port has no room.
+    Blocked,
+}
 
 /// What frames are written from.
 pub struct View<'a> {
@@ -52,18 +63,30 @@ impl Desk {
             self.far.rouse(link);
         }
         self.far.due = due;
-        self.far.blocked = false;
+        self.far.blocked = 0;
         let mut sent = 0;
         for _ in 0..self.far.ready.len() {
             let Some(link) = self.far.ready.pop_front() else { break };
             let Some(mut line) = self.far.lines.remove(&link) else { continue };
             line.ready = false;
-            let (count, more) = self.push(&mut line, &mut *port, now);
+            let mut plug = self.far.wires.take(link);
+            let (out, portion): (&mut dyn Port, usize) = match &mut plug {
+                Some(plug) => (&mut plug.wire, PORTION),
+                None => (&mut port, FLUSH),
+            };
+            let (count, then) = self.push(&mut line, out, portion, now);
             sent += count;
             self.arm(link, &mut line, now);
             self.far.lines.insert(link, line);
-            if more {
+            let holds = plug.as_mut().is_none_or(|plug| plug.wire.flush().is_ok());
+            if let Some(plug) = plug {
+                self.far.wires.put(link, plug);
+            }
+            if !holds {
+                self.lose_wire(link);
+            } else if then != Then::Wait {
                 self.far.rouse(link);
+                self.far.blocked += usize::from(then == Then::Blocked);
             }
         }
         // What does not get out now is lost, as on a wire, or stays for the next time.
@@ -72,18 +95,18 @@ impl Desk {
         sent
     }
 
-    /// Packets of one line: how many, and whether it wants another turn soon.
-    fn push(&mut self, line: &mut Line, port: &mut dyn Port, now: Nanos) -> (usize, bool) {
+    /// Packets of one line: how many, and what comes then. They leave when there are `portion` bytes of them, so that the
+    /// peer works on them while the next are written.
+    fn push(&mut self, line: &mut Line, port: &mut dyn Port, portion: usize, now: Nanos) -> (usize, Then) {
         let (mut now, mut bytes) = (now, 0);
         for count in 0..TURN {
-            if bytes >= FLUSH {
-                // What cannot leave waits for room, which `frame` tells.
+            if bytes >= portion {
+                // What cannot leave waits for room, which `frame` tells; what is wrong shows again.
                 let _ = port.flush();
                 (now, bytes) = (monotonic_ns(), 0);
             }
             if port.frame().is_none() && (port.flush().is_err() || port.frame().is_none()) {
-                self.far.blocked = true;
-                return (count, true);
+                return (count, Then::Blocked);
             }
             let went = match line.flow.poll(now) {
                 Send::Again(token) => Some(self.write(line, port, now, Some(token)).unwrap_or(0)),
@@ -98,12 +121,12 @@ impl Desk {
                         let len = finish(line, header, frame);
                         port.push(len, line.attached.address, line.flow.path.number);
                     }
-                    return (count + 1, false);
+                    return (count + 1, Then::Wait);
                 }
-                return (count, false);
+                return (count, Then::Wait);
             }
         }
-        (TURN, true)
+        (TURN, Then::More)
     }
 
     /// Write one packet, anew or once more: its bytes. None when there turned out to be nothing to say.

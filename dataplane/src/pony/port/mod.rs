@@ -58,6 +58,20 @@ pub struct Statistics {
     pub merges_received: bool,
 }
 
+/// How many packets a burst has, how many of them were looked at, and when it was received (ns, CLOCK_MONOTONIC).
+#[derive(Clone, Copy, Default)]
+pub struct Burst {
+    pub count: usize,
+    pub looked: usize,
+    pub at: u64,
+}
+
+impl Burst {
+    pub fn left(self) -> bool {
+        self.looked < self.count
+    }
+}
+
 pub trait Port {
     /// The longest packet that can be sent, in bytes.
     fn mtu(&self) -> usize;

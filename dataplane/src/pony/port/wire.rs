@@ -10,7 +10,7 @@
 //! direction 0, then those of direction 1. A frame is its packet's length u32, four bytes of nothing, and the packet; an odd
 //! number of lines apart, so that frames do not meet in the same lines of a cache.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::{Address, Port, PortError, Result, Statistics};
@@ -81,6 +81,26 @@ impl Shape {
 pub enum Side {
     A,
     B,
+}
+
+/// A descriptor of this process, by a number that somebody told. Fails when it is none.
+pub fn duplicate(number: i32) -> rustix::io::Result<OwnedFd> {
+    if number < 0 {
+        return Err(rustix::io::Errno::BADF);
+    }
+    // SAFETY: not -1, by the check above; borrowed for one system call, which fails for a number that is not open.
+    rustix::io::fcntl_dupfd_cloexec(unsafe { BorrowedFd::borrow_raw(number) }, 0)
+}
+
+/// A formatted segment that neither side can change the size of.
+pub fn make(shape: Shape) -> Result<OwnedFd> {
+    use rustix::fs::{fcntl_add_seals, ftruncate, memfd_create, MemfdFlags, SealFlags};
+    let os = |errno: rustix::io::Errno| PortError::Os { what: "making a wire", source: errno.into() };
+    let fd = memfd_create("snap-wire", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).map_err(os)?;
+    ftruncate(&fd, shape.bytes() as u64).map_err(os)?;
+    fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL).map_err(os)?;
+    format(fd.as_fd(), shape)?;
+    Ok(fd)
 }
 
 /// Write the header of a fresh, zeroed segment.
