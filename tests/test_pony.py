@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import struct
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -28,6 +31,7 @@ from snap.modules.pony import (
     Status,
     TooLongError,
 )
+from snap.modules.pony.commands import ANSWER
 from tests import pony_commands
 from tests.conftest import OWNER_MAY_ALL, KernelProcess
 from tests.waiting import until
@@ -295,6 +299,48 @@ def test_connections_regions_and_what_waits_outlive_the_engines_process(pair: Pa
     assert large.result(5) == 100_000
     pair.near.connect("far").send(b"hello")
     assert pair.far.accept(5).recv(5).data == b"hello"
+
+
+def test_atomic_operations_happen_once_whenever_the_engine_dies(pair: Pair) -> None:
+    words = pair.far.place(16)
+    words.array()[:] = 0
+    handle = pair.far.register(words, ALL).handle
+    added: list[int] = []
+    swapped: list[int] = []
+    number, channel = pair.out.number, pair.near.channel
+    add = pony_commands.fetch_add(number, handle, 0, 1)
+    with ThreadPoolExecutor(1) as pool:
+        deaths = pool.submit(kill_again_and_again, pair.kernel, 4)
+        # Whole rings of commands, so that the engine is seldom between two polls.
+        while not deaths.done():
+            first = len(swapped)
+            swaps = [
+                pony_commands.compare_swap(number, handle, 8, first + n, first + n + 1) for n in range(500)
+            ]
+            for commands, values in (([add] * 500, added), (swaps, swapped)):
+                assert channel.send_many(commands, 1) == 500
+                answers: list[bytes] = []
+                while len(answers) < 500:
+                    answers += channel.recv_many(500, 30)
+                values += [ANSWER.unpack(answer)[4] for answer in answers]
+        deaths.result()
+    assert added == list(range(len(added)))
+    assert swapped == list(range(len(swapped)))
+    assert words.array("<u8").tolist() == [len(added), len(swapped)]
+
+
+def kill_again_and_again(kernel: KernelProcess, times: int) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    for _ in range(times):
+        with kernel.control() as operator:
+            view = until(
+                lambda: (found := operator.call("module.show", name="pony"))["state"] == "ready" and found
+            )
+        time.sleep(chance.uniform(0.02, 0.05))
+        os.kill(view["pid"], signal.SIGKILL)
+        time.sleep(0.02)
 
 
 def test_an_upgrade_to_itself_is_not_noticed(pair: Pair) -> None:

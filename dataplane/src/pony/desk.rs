@@ -5,13 +5,14 @@ use std::collections::HashMap;
 use super::bursts::{self, Each, Numbers};
 use super::command::{answer, Access, Burst, Head, Kind, Piece, Reader, Short, Single, Status, ANSWER, INLINE, NAME};
 use super::far::Far;
-use super::memory::{Regions, Sink};
+use super::memory::{Place, Regions, Sink};
 use super::numbered::Numbered;
 use super::outbox::Outbox;
 use super::port::Port;
 use super::rows::{Connection, Name, ECHO, NOBODY, SMALL};
-use super::space::Space;
+use super::space::{Seen, Space};
 use super::transfers::{End, Transfers};
+use super::words;
 use crate::layout::INLINE_MAX;
 use crate::state::{Frame, ObjectSpec, Result, Segment};
 
@@ -157,7 +158,7 @@ impl Desk {
             Kind::Indirects => Ok(self.burst(order, head, &mut reader, Each::Indirect, 4)?),
             kind => {
                 let (single, from) = Single::parse(kind, reader)?;
-                Ok(self.access(order.channel, head, &single, from, reply))
+                self.access(segment, order.channel, head, &single, from, reply)
             }
         })
     }
@@ -368,20 +369,43 @@ impl Desk {
         Ok(Some(len))
     }
 
+    /// Raises `Full`.
     fn access(
         &self,
+        segment: &mut Segment,
         channel: u64,
         head: Head,
         single: &Single<'_>,
         from: Option<Piece>,
         reply: &mut Vec<u8>,
+    ) -> Result<Outcome> {
+        let seen = match self.seen(channel, head.connection) {
+            Ok(Some(seen)) => seen,
+            Ok(None) => return Ok(self.access_echo(channel, single, reply)),
+            Err(status) => return Ok(Err(status)),
+        };
+        let place = match seen.find(single.region) {
+            Ok(place) => place,
+            Err(status) => return Ok(Err(status)),
+        };
+        words::note(segment, place, &single.access)?;
+        Ok(self.access_place(channel, single, from, (seen, place), reply))
+    }
+
+    /// What a peer lets be seen over a connection; None: it is the engine's own echo.
+    fn seen(&self, channel: u64, connection: u32) -> std::result::Result<Option<Seen<'_>>, Status> {
+        let (number, peer) = self.peer(channel, connection)?;
+        Ok((peer.channel != ECHO).then(|| self.space.seen(peer.channel, number)))
+    }
+
+    fn access_place(
+        &self,
+        channel: u64,
+        single: &Single<'_>,
+        from: Option<Piece>,
+        (seen, place): (Seen<'_>, Place<'_>),
+        reply: &mut Vec<u8>,
     ) -> Outcome {
-        let (number, peer) = self.peer(channel, head.connection)?;
-        if peer.channel == ECHO {
-            return self.access_echo(channel, single, reply);
-        }
-        let seen = self.space.seen(peer.channel, number);
-        let place = seen.find(single.region)?;
         if let Some(from) = from {
             let Access::Write { at, .. } = single.access else { return Err(Status::Bad) };
             let (own, range) = self.space.range(channel, from)?;
@@ -433,19 +457,18 @@ impl Desk {
         each: Each,
         width: usize,
     ) -> std::result::Result<(usize, Status), Status> {
-        let (number, peer) = self.peer(channel, head.connection)?;
+        let seen = self.seen(channel, head.connection)?;
         let piece = Piece { offset: burst.into, len: u64::from(burst.size) * u64::from(burst.count) };
         let numbers = Piece { offset: burst.numbers, len: u64::from(burst.count) * width as u64 };
         let (own, numbers) = self.space.range(channel, numbers)?;
         let numbers = Numbers { memory: own.arena().ok_or(Status::OutOfRange)?, at: numbers.start, width };
         let (own, range) = self.space.range(channel, piece)?;
-        if peer.channel == ECHO {
+        let Some(seen) = seen else {
             if each != Each::Write {
                 own.arena().ok_or(Status::OutOfRange)?.fill_zero(range.start, range.len());
             }
             return Ok((burst.count as usize, Status::Ok));
-        }
-        let seen = self.space.seen(peer.channel, number);
+        };
         let place = seen.find(burst.region)?;
         bursts::burst(each, place, &seen, &numbers, (own, range.start), burst.size, burst.count as usize)
     }

@@ -9,6 +9,7 @@ use super::far::wires::{Bells, Wires};
 use super::far::Far;
 use super::port::udp::Udp;
 use super::rows::SMALL;
+use super::words;
 use crate::engine::{Channel, Channels, Engine};
 use crate::error::{Error, Result};
 use crate::state::{self, Schema, Segment, StateError};
@@ -24,6 +25,8 @@ pub struct Pony {
     desk: Desk,
     command: Vec<u8>,
     reply: Vec<u8>,
+    /// What the poll that was under way when the engine before this one died had done to arenas.
+    unfinished: Vec<Vec<u8>>,
     /// The version of the channels that the desk knows.
     known: Option<u64>,
 }
@@ -36,6 +39,7 @@ impl Engine for Pony {
     fn adopt(&mut self, state: &mut Segment) -> state::Result<()> {
         let port = self.desk.far.take_port();
         let wires = self.desk.far.wires.without_any();
+        self.unfinished = state.take_notes();
         self.desk = Desk::adopt(state, port)?;
         self.desk.far.wires = wires;
         self.known = None;
@@ -109,6 +113,7 @@ impl Pony {
         for channel in channels.iter_mut() {
             self.desk.space.arenas.entry(channel.id).or_insert_with(|| channel.rx.core().clone());
         }
+        words::take_back(&self.desk.space, &std::mem::take(&mut self.unfinished));
         Ok(())
     }
 

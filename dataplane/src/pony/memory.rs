@@ -105,7 +105,8 @@ impl<'a> Place<'a> {
         self.window(right)?.at(offset, len)
     }
 
-    fn word(self, right: u32, offset: u64) -> Result<usize, Status> {
+    /// Where the aligned word at `offset` of the region is.
+    pub fn word(self, right: u32, offset: u64) -> Result<usize, Status> {
         let at = self.range(right, offset, 8)?;
         if at % 8 != 0 {
             return Err(Status::Misaligned);

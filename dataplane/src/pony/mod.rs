@@ -13,5 +13,6 @@ pub mod port;
 mod rows;
 mod space;
 mod transfers;
+mod words;
 
 pub use engine::Pony;

@@ -1,7 +1,7 @@
 //! The writer's half of a state: undo log, commit, rollback.
 //!
 //! The log is an append-only run of records `old bytes, padded to 8 | offset u64 | length u32 | crc u32`, read from its
-//! end. It counts while its stamp is the committed epoch + 1, so the one store of the epoch empties it.
+//! end; records with the offset `NOTE` say what the poll did elsewhere. It counts while its stamp is the committed epoch + 1, so the one store of the epoch empties it.
 
 use std::collections::HashSet;
 use std::ops::{Deref, Range};
@@ -18,6 +18,8 @@ use super::{damaged, full, Result};
 pub type Shared = Arc<Mutex<Segment>>;
 
 const CHUNK: usize = 4096;
+/// Instead of an offset: the record's bytes are the engine's own.
+const NOTE: usize = usize::MAX;
 
 pub struct Segment {
     frame: Arc<Frame>,
@@ -35,6 +37,8 @@ pub struct Segment {
     pub(super) hints: Vec<usize>,
     /// A slot is put together here before it is written.
     pub(super) assembly: Vec<u8>,
+    /// What the poll that was rolled back had noted.
+    notes: Vec<Vec<u8>>,
     tracking: u64,
     scratch: Box<[u8; CHUNK]>,
 }
@@ -66,6 +70,7 @@ impl Segment {
             freed: HashSet::new(),
             hints: vec![0; objects],
             assembly: Vec::new(),
+            notes: Vec::new(),
             tracking,
             scratch: Box::new([0; CHUNK]),
         }
@@ -99,11 +104,36 @@ impl Segment {
             self.frame.put(start + done, chunk);
             done += chunk.len();
         }
-        self.frame.store(start + body, offset as u64);
-        self.frame.store(start + body + 8, len as u64 | u64::from(crc) << 32);
-        self.log_len += body + FOOTER;
-        self.frame.store(Word::LogLen as usize, self.log_len as u64);
+        self.end_record(start + body, offset, len, crc);
         Ok(())
+    }
+
+    /// Note something that is about to be done outside of the segment: `take_notes` has it when the poll is rolled back.
+    /// Raises `Full`, `Usage`.
+    pub fn note(&mut self, bytes: &[u8]) -> Result<()> {
+        if !self.logging {
+            self.begin()?;
+        }
+        let body = bytes.len().next_multiple_of(8);
+        self.reserve(1, body)?;
+        let start = OFF_LOG + self.log_len;
+        let crc = crc32c::crc32c_append(record_crc(self.frame.stamp(), NOTE, bytes.len()), bytes);
+        self.frame.put(start, bytes);
+        self.end_record(start + body, NOTE, bytes.len(), crc);
+        Ok(())
+    }
+
+    /// What the poll that `recover` rolled back had noted, the last first.
+    pub fn take_notes(&mut self) -> Vec<Vec<u8>> {
+        std::mem::take(&mut self.notes)
+    }
+
+    /// The record's bytes are there, up to `end`.
+    fn end_record(&mut self, end: usize, offset: usize, len: usize, crc: u32) {
+        self.frame.store(end, offset as u64);
+        self.frame.store(end + 8, len as u64 | u64::from(crc) << 32);
+        self.log_len = end + FOOTER - OFF_LOG;
+        self.frame.store(Word::LogLen as usize, self.log_len as u64);
     }
 
     /// Whether this poll has filled half of the log, so that whoever can had better leave the rest to the next.
@@ -192,6 +222,12 @@ impl Segment {
         let marking = (self.frame.get(Word::Tracking) | self.tracking) & 1 != 0;
         let mut words = 0;
         for record in &records {
+            if record.offset == NOTE {
+                let mut note = vec![0; record.len];
+                self.frame.mapping().read(record.body, &mut note);
+                self.notes.push(note);
+                continue;
+            }
             let mut done = 0;
             while done < record.len {
                 let chunk = &mut self.scratch[..CHUNK.min(record.len - done)];
@@ -302,7 +338,7 @@ pub(super) fn unfinished(frame: &Frame) -> Result<Vec<Record>> {
         let word = frame.load(OFF_LOG + end - FOOTER + 8);
         let (len, crc) = (word as u32 as usize, (word >> 32) as u32);
         let body = len.next_multiple_of(8);
-        if body > end - FOOTER || !loggable(frame, offset, len) {
+        if body > end - FOOTER || !(offset == NOTE || loggable(frame, offset, len)) {
             return damaged("a record of the undo log is out of bounds");
         }
         end -= FOOTER + body;

@@ -458,6 +458,26 @@ fn what_was_deleted_and_replaced_in_one_poll_comes_back() {
 }
 
 #[test]
+fn what_an_unfinished_poll_noted_is_told_the_last_first() {
+    let fd = formatted();
+    let mut segment = open(&fd);
+    let before = Model::read(&segment);
+    segment.note(b"of a poll that ended").expect("note");
+    segment.commit();
+    let table = Table::of(&segment, "rows").expect("table");
+    segment.note(b"first").expect("note");
+    table.put(&mut segment, &key(1), &[1; ROW]).expect("put");
+    segment.note(b"").expect("note");
+    segment.note(&[7; 300]).expect("note");
+    drop(segment);
+    let mut successor = open(&fd);
+    successor.recover().expect("recover");
+    assert_eq!(successor.take_notes(), [vec![7; 300], vec![], b"first".to_vec()]);
+    assert!(successor.take_notes().is_empty());
+    assert_eq!(Model::read(&successor), before);
+}
+
+#[test]
 fn a_standby_marks_from_its_first_poll_on_what_its_predecessor_promised_to_mark() {
     let fd = formatted();
     let (mut predecessor, mut standby) = (open(&fd), open(&fd));

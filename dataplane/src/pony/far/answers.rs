@@ -12,6 +12,7 @@ use crate::pony::memory::{Regions, Sink};
 use crate::pony::numbered::of_link;
 use crate::pony::rows::{Connection, ECHO};
 use crate::pony::space::Seen;
+use crate::pony::words;
 use crate::state::{Result, Segment};
 
 /// Write the answer to a request. None: there is nobody to answer any more. False: there is no room.
@@ -110,11 +111,16 @@ fn read(kind: u8, body: &[u8], seen: &Seen<'_>, out: &mut [u8]) -> std::result::
 }
 
 /// Carry out a request that changes memory.
-fn change(kind: Kind, body: &[u8], seen: &Seen<'_>) -> std::result::Result<(Status, u64), Short> {
+fn change(
+    segment: &mut Segment,
+    kind: Kind,
+    body: &[u8],
+    seen: &Seen<'_>,
+) -> std::result::Result<Result<(Status, u64)>, Short> {
     let mut reader = Reader::new(body);
     let place = match seen.find(reader.handle()?) {
         Ok(place) => place,
-        Err(status) => return Ok((status, 0)),
+        Err(status) => return Ok(Ok((status, 0))),
     };
     let mut nothing = Vec::new();
     let mut sink = Sink::Message(&mut nothing);
@@ -123,11 +129,18 @@ fn change(kind: Kind, body: &[u8], seen: &Seen<'_>) -> std::result::Result<(Stat
             let at = reader.u64()?;
             place.access(Access::Write { at, bytes: reader.rest() }, seen, &mut sink)
         }
-        Kind::CompareSwap => {
-            let (at, expected, desired) = (reader.u64()?, reader.u64()?, reader.u64()?);
-            place.access(Access::CompareSwap { at, expected, desired }, seen, &mut sink)
+        Kind::CompareSwap | Kind::FetchAdd => {
+            let (at, first) = (reader.u64()?, reader.u64()?);
+            let access = if kind == Kind::FetchAdd {
+                Access::FetchAdd { at, add: first }
+            } else {
+                Access::CompareSwap { at, expected: first, desired: reader.u64()? }
+            };
+            if let Err(error) = words::note(segment, place, &access) {
+                return Ok(Err(error));
+            }
+            place.access(access, seen, &mut sink)
         }
-        Kind::FetchAdd => place.access(Access::FetchAdd { at: reader.u64()?, add: reader.u64()? }, seen, &mut sink),
         _ => {
             let (_size, skip, want) = (reader.u32()?, reader.u32()?, reader.u32()? as usize);
             let count = usize::from(reader.u16()?);
@@ -142,16 +155,16 @@ fn change(kind: Kind, body: &[u8], seen: &Seen<'_>) -> std::result::Result<(Stat
                 let at = u64::from_le_bytes(word).saturating_add(u64::from(skip));
                 let bytes = &bytes[i * want..(i + 1) * want];
                 if let Err(status) = place.access(Access::Write { at, bytes }, seen, &mut sink) {
-                    return Ok((status, i as u64));
+                    return Ok(Ok((status, i as u64)));
                 }
             }
             Ok(count as u64)
         }
     };
-    Ok(match done {
+    Ok(Ok(match done {
         Ok(value) => (Status::Ok, value),
         Err(status) => (status, 0),
-    })
+    }))
 }
 
 impl Desk {
@@ -214,7 +227,7 @@ impl Desk {
         let (status, value) = if own.channel == ECHO {
             (Status::Ok, body.len() as u64)
         } else {
-            change(kind, body, &seen).unwrap_or((Status::Bad, 0))
+            change(segment, kind, body, &seen).unwrap_or(Ok((Status::Bad, 0)))?
         };
         let ending =
             Ending { owner: of_link(own.link), connection: number, id: part.id, part: part.part, status, value };
