@@ -7,6 +7,7 @@ use super::command::HEAD;
 use super::desk::{Desk, Order};
 use super::far::Far;
 use super::port::udp::Udp;
+use super::port::Port;
 use super::rows::SMALL;
 use crate::engine::{Channel, Channels, Engine};
 use crate::error::{Error, Result};

@@ -26,8 +26,10 @@ use self::ranges::Ranges;
 use self::rows::{Ask, Blob, Ending, Export, Held, Link, Sending, Stream};
 use super::flow::{Nanos, Wheel};
 use super::numbered::Numbered;
+use super::port::faulty::{Faults, Faulty};
 use super::port::Port;
 use crate::state::{Frame, ObjectSpec, Result, Segment};
+use crate::stats::monotonic_ns;
 
 /// Large messages of one connection that may be under way.
 const EXPORTS: usize = 64;
@@ -47,6 +49,9 @@ const QUEUED: usize = 65_536;
 
 /// The part of an ending that is a large message's, whose number it has instead of an operation's.
 const LARGE: u32 = u32::MAX;
+
+/// The way to other hosts, behind which the network can be made a bad one.
+pub type Way = Faulty<Box<dyn Port + Send>, fn() -> Nanos>;
 
 /// What is known of one end of a connection to another host, besides its row.
 #[derive(Default)]
@@ -118,7 +123,7 @@ pub struct Far {
     cookie: u32,
     epoch: u32,
     id: u64,
-    port: Option<Box<dyn Port + Send>>,
+    port: Option<Way>,
     wheel: Option<Wheel>,
     due: Vec<u32>,
     ready: VecDeque<u32>,
@@ -154,7 +159,7 @@ impl Far {
     }
 
     /// What the state has; links begin a new epoch. Raises `Schema`, `Damaged`, `Full`.
-    pub fn adopt(segment: &mut Segment, port: Option<Box<dyn Port + Send>>) -> Result<Far> {
+    pub fn adopt(segment: &mut Segment, port: Option<Way>) -> Result<Far> {
         let frame: &Frame = segment;
         let mut far = Far {
             links: Numbered::adopt(frame)?,
@@ -188,15 +193,15 @@ impl Far {
     }
 
     pub fn with(port: Box<dyn Port + Send>) -> Far {
-        Far { port: Some(port), ..Far::default() }
+        Far { port: Some(Faulty::new(port, Faults::default(), 0, monotonic_ns)), ..Far::default() }
     }
 
-    pub fn take_port(&mut self) -> Option<Box<dyn Port + Send>> {
+    pub fn take_port(&mut self) -> Option<Way> {
         self.port.take()
     }
 
-    pub fn port(&self) -> Option<&(dyn Port + Send)> {
-        self.port.as_deref()
+    pub fn port(&self) -> Option<&Way> {
+        self.port.as_ref()
     }
 
     /// Numbers of operations: none is used twice, not even after a crash.
@@ -256,7 +261,9 @@ impl Far {
         if !self.port.as_mut().is_none_or(|port| port.arm()) {
             return None;
         }
-        let next = self.wheel.as_ref().and_then(Wheel::next).unwrap_or(Nanos::MAX);
+        let timer = self.wheel.as_ref().and_then(Wheel::next);
+        let late = self.port.as_ref().and_then(Faulty::due);
+        let next = timer.into_iter().chain(late).min().unwrap_or(Nanos::MAX);
         (next > now).then_some(next)
     }
 

@@ -13,6 +13,7 @@ use crate::pony::desk::Desk;
 use crate::pony::flow::wire::{self, Header, PAYLOAD, SEALED};
 use crate::pony::flow::{Nanos, Receipt};
 use crate::pony::outbox::CREDITS;
+use crate::pony::port::Port;
 use crate::pony::rows::{Connection, ECHO, NOBODY, SMALL};
 use crate::state::{Result, Segment, StateError};
 use crate::stats::monotonic_ns;

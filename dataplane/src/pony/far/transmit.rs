@@ -52,7 +52,7 @@ impl Desk {
             let Some(link) = self.far.ready.pop_front() else { break };
             let Some(mut line) = self.far.lines.remove(&link) else { continue };
             line.ready = false;
-            let (count, more) = self.push(&mut line, &mut *port, now);
+            let (count, more) = self.push(&mut line, &mut port, now);
             sent += count;
             self.arm(link, &mut line, now);
             self.far.lines.insert(link, line);
