@@ -94,6 +94,8 @@ struct Import {
     /// Where it goes: a posted place's row; 0: nowhere.
     place: u32,
     came: Ranges,
+    /// Tells it from a later one of the same connection and number.
+    id: u64,
 }
 
 #[derive(Default)]

@@ -105,10 +105,11 @@ impl Far {
         for import in end.imports.values_mut() {
             import.came = super::ranges::Ranges::from(import.came.floor());
         }
-        let exports: Vec<(u64, u32)> = end.exports.iter().map(|(seq, row)| (*seq, *row)).collect();
+        let exports: Vec<u32> = end.exports.values().copied().collect();
         let asks: Vec<u32> = end.asks.values().copied().collect();
-        for (seq, row) in exports {
-            self.queue(own.link, Item::Offer { row, seq });
+        for row in exports {
+            let id = self.exports.get(row).map_or(0, |export| export.id);
+            self.queue(own.link, Item::Offer { row, id });
         }
         for row in asks {
             self.start(own.link, row);

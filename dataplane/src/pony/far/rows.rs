@@ -68,6 +68,8 @@ pub struct Export {
     pub seq: u64,
     pub tag: u64,
     pub piece: Piece,
+    /// Tells it from a later one in the same row. Not in the state, for packets under way are not either.
+    pub id: u64,
 }
 
 /// An operation on another host's memory that is under way.
@@ -229,6 +231,7 @@ impl Row for Export {
             seq: word(row, 8)?,
             tag: word(row, 16)?,
             piece: Piece { offset: word(row, 24)?, len: word(row, 32)? },
+            id: 0,
         })
     }
 }
