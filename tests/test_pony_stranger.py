@@ -12,6 +12,7 @@ import pytest
 
 from snap.modules.pony import Connection, Pony, PonyError, Right
 from tests.pony_hosts import Host, join
+from tests.waiting import until
 
 SOON = 20.0
 HEADER = struct.Struct("<BBHIQIIQQQIIII")
@@ -305,3 +306,17 @@ def test_what_is_left_of_a_large_message_does_not_hold_up_the_next(
         stranger.await_frame(12, lambda rest, seq=seq: struct.unpack_from("<QQ", rest) == (seq, 0))
         stranger.send(stranger.frame(13, connection.number, 7, struct.pack("<QBQ", seq, 0, place.size)))
         assert sent.result(SOON) == place.size
+
+
+def test_credits_that_overtake_each_other_do_not_stop_the_sender(
+    hosts: tuple[Host, Host], met: tuple[Honest, Stranger]
+) -> None:
+    _, stranger = met
+    _, connection = met_by_victim(hosts[0], stranger)
+    for number in range(64):
+        connection.send(b"%d" % number)
+    before = hosts[0].flow("evil")["received"]
+    for taken in (64, 0):
+        stranger.send(stranger.frame(9, connection.number, 7, struct.pack("<I", taken)))
+    until(lambda: hosts[0].flow("evil")["received"] == before + 2, "both are there")
+    connection.send(b"more")

@@ -59,6 +59,8 @@ struct End {
     /// Messages that were sent, and that the peer's application took, modulo 2^32; None: it has not said yet.
     sent: u32,
     credit: Option<u32>,
+    /// Whether the peer said it to this engine, which else has guessed.
+    heard: bool,
     /// Messages that came, and what the peer was last told of those taken.
     came: u32,
     told: u32,
