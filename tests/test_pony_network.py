@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from snap.modules.pony import BusyError, Connection, Message, Pony, Right
+from snap.modules.pony import BusyError, ClosedByPeerError, Connection, Message, Pony, Right
 from tests.pony_hosts import Host, join
 from tests.waiting import until
 
@@ -72,6 +72,16 @@ class Pair:
 @pytest.fixture(params=BAD)
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     made = Pair(BAD[request.param])
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def good() -> Iterator[Pair]:
+    """The network becomes a bad one during the test."""
+    made = Pair({})
     try:
         yield made
     finally:
@@ -204,3 +214,19 @@ def test_a_network_that_is_good_again_is_quiet() -> None:
         until(lambda: pair.a.flow("b")["flying"] == 0, "everything is acknowledged")
     finally:
         pair.close()
+
+
+def test_operations_that_end_with_their_connection_leave_room_for_others(good: Pair) -> None:
+    handle = good.far.register(good.far.place(64), ALL).handle
+    for turn in range(6):
+        other = good.near.connect("b/far", LONG)
+        # Answers to them do not come; a few such connections have as many parts as are asked for at a time.
+        good.b.ask("faults", loss=1.0)
+        adds = begin_adds(other, handle, 600)
+        until(lambda: good.a.flow("b")["flying"] > 0, "they are asked for")
+        other.close()
+        for add in adds:
+            with pytest.raises(ClosedByPeerError):
+                add.result(LONG)
+        good.spoil()
+        assert good.out.compare_swap(handle, 8, turn, turn + 1) == turn

@@ -96,8 +96,8 @@ pub struct Line {
     pub control: VecDeque<Item>,
     /// Large messages that the peer has a place for: row, id, next byte.
     pub bulk: VecDeque<(u32, u64, u64)>,
-    /// Operations with parts that were not asked for yet: row, next part.
-    pub asking: VecDeque<(u32, u32)>,
+    /// Operations with parts that were not asked for yet: row, attempt, next part.
+    pub asking: VecDeque<(u32, u32, u32)>,
     /// Parts that were asked for, and are not here.
     pub asked: u32,
     pub packets: Slab<Packet>,

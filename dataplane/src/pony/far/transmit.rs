@@ -191,15 +191,15 @@ impl View<'_> {
             }
         }
         while line.asked < PARTS {
-            let Some((row, next)) = line.asking.pop_front() else { break };
-            let Some(part) = self.asks.part(row, next) else { continue };
+            let Some((row, attempt, next)) = line.asking.pop_front() else { break };
+            let Some(part) = self.asks.part(row, attempt, next) else { continue };
             let item = Item::Request { row, part };
             let before = writer.len();
             if !self.encode(line, item, writer) {
-                line.asking.push_front((row, next));
+                line.asking.push_front((row, attempt, next));
                 break;
             }
-            line.asking.push_front((row, next + 1));
+            line.asking.push_front((row, attempt, next + 1));
             if writer.len() > before {
                 line.asked += 1;
                 items.push(item);
