@@ -230,3 +230,19 @@ def test_operations_that_end_with_their_connection_leave_room_for_others(good: P
                 add.result(LONG)
         good.spoil()
         assert good.out.compare_swap(handle, 8, turn, turn + 1) == turn
+
+
+def test_a_write_that_goes_on_in_packets_of_other_sizes_is_whole(good: Pair) -> None:
+    size = 400_000
+    mine, theirs = good.near.place(size), good.far.place(size)
+    handle = good.far.register(theirs, ALL).handle
+    for turn in range(8):
+        theirs.array()[:] = 0
+        mine.array()[:] = good.rng.integers(1, 256, size)
+        good.a.ask("faults", seed=good.seed + turn, loss=0.5)
+        write = good.out.begin_write_from(handle, 0, mine)
+        until(lambda: bool(theirs.array().any()), "some of it is there")
+        join(good.a, good.b, mtu=(1300, 1472)[turn % 2])
+        good.spoil()
+        assert write.result(LONG) == size
+        assert bytes(theirs.view) == bytes(mine.view)

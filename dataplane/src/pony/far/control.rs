@@ -154,10 +154,14 @@ impl Desk {
 
     fn attach(&mut self, segment: &mut Segment, host: &str, attached: Attached) -> Result<Value> {
         let link = *self.far.by_host.get(host.as_bytes()).ok_or_else(|| usage(format!("{host}: reserve first")))?;
+        let before = self.far.links.get(link).and_then(|row| row.attached);
         self.far.links.update(segment, link, |row| {
             row.salt = row.salt.wrapping_add(1);
             row.attached = Some(attached);
         })?;
+        if before.is_some_and(|before| before.room() != attached.room()) {
+            self.cut_anew(segment, link)?;
+        }
         self.far.refusals.remove(&link);
         if let Some(row) = self.far.links.get(link) {
             self.far.ready.retain(|other| *other != link);

@@ -153,8 +153,7 @@ impl Line {
 
     /// Bytes for frames in a packet.
     pub fn room(&self) -> usize {
-        let tag = if self.seal.is_some() { super::seal::TAG } else { 0 };
-        usize::from(self.attached.mtu) - self.attached.version.header() - tag
+        self.attached.room()
     }
 
     /// Bytes of a message in one packet, of a reply, of a request.

@@ -26,6 +26,14 @@ pub struct Attached {
     pub keys: Option<[[u8; 32]; 2]>,
 }
 
+impl Attached {
+    /// Bytes for frames in a packet.
+    pub fn room(&self) -> usize {
+        let tag = if self.keys.is_some() { super::seal::TAG } else { 0 };
+        usize::from(self.mtu) - self.version.header() - tag
+    }
+}
+
 /// Another host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Link {
