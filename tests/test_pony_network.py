@@ -229,7 +229,7 @@ def test_operations_that_end_with_their_connection_leave_room_for_others(good: P
             with pytest.raises(ClosedByPeerError):
                 add.result(LONG)
         good.spoil()
-        assert good.out.compare_swap(handle, 8, turn, turn + 1) == turn
+        assert good.out.compare_swap(handle, 8, turn, turn + 1, LONG) == turn
 
 
 def test_a_write_that_goes_on_in_packets_of_other_sizes_is_whole(good: Pair) -> None:
