@@ -246,3 +246,24 @@ def test_a_write_that_goes_on_in_packets_of_other_sizes_is_whole(good: Pair) -> 
         good.spoil()
         assert write.result(LONG) == size
         assert bytes(theirs.view) == bytes(mine.view)
+
+
+def test_a_late_word_about_a_connection_does_not_end_a_later_one(good: Pair) -> None:
+    """Not even when the engine has been another meanwhile, and counts its connections anew."""
+    for _ in range(5):
+        good.restart(good.a)
+        near = good.near.connect("b/far", LONG)
+        far = good.far.accept(LONG)
+        good.restart(good.a)
+        good.b.ask("faults", seed=good.seed, reorder=1.0, lateness_us=200_000)
+        far.close()
+        near.close()
+        good.spoil()
+        near = good.near.connect("b/far", LONG)
+        far = good.far.accept(LONG)
+        until(lambda: good.b.flow("a")["flying"] == 0, "everything that was late is there")
+        near.send(b"still here")
+        assert far.recv(LONG).data == b"still here"
+        near.close()
+        with pytest.raises(ClosedByPeerError):
+            far.recv(LONG)

@@ -186,7 +186,9 @@ impl Far {
         }
         far.epoch = far.links.iter().map(|(_, link)| link.epoch).max().unwrap_or(0) + 1;
         far.id = line::first(far.epoch);
-        far.cookie = far.epoch << 20;
+        // Frames tell the last byte of it: the first ones of an epoch must differ from the first ones of those before, for what
+        // is late may speak of these.
+        far.cookie = far.epoch << 20 | (far.epoch.wrapping_mul(97) & 0xff);
         far.attempts = far.epoch << 20;
         let numbers: Vec<u32> = far.links.iter().map(|(number, _)| number).collect();
         for number in numbers {
