@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from snap.modules.pony import Connection, PonyError, Right
+from snap.modules.pony import Connection, Pony, PonyError, Right
 from tests.pony_hosts import Host, join
+from tests.waiting import until
 
 SOON = 20.0
 HEADER = struct.Struct("<BBHIQIIQQQIIII")
@@ -57,6 +58,7 @@ class Stranger:
             keys=None,
         )
         self.seq = self.number = 1 << 36
+        self.heard = 0
 
     def packet(self, payload: bytes, **changes: int) -> bytes:
         """A packet with a right checksum, whatever else is wrong with it."""
@@ -71,8 +73,34 @@ class Stranger:
 
     def send(self, payload: bytes, **changes: int) -> None:
         self.socket.sendto(self.packet(payload, **changes), self.target)
-        self.seq += 1
+        self.seq += 1 if payload else 0
         self.number += 1
+
+    def frames(self) -> Iterator[tuple[int, bytes]]:
+        """Kinds of the frames that come, with what follows their heads. Packets are acknowledged."""
+        while True:
+            raw = self.socket.recv(65_536)
+            header = HEADER.unpack_from(raw)
+            self.heard = max(self.heard, header[7])
+            self.send(b"", flags=0, ack=self.heard + header[1] % 2, echo=header[10])
+            at = HEADER.size + 32
+            while at < len(raw):
+                kind, rest = raw[at], raw[at + 12 :]
+                yield kind, rest
+                at += 12 + self.size(kind, rest)
+
+    @staticmethod
+    def size(kind: int, rest: bytes) -> int:
+        """Bytes of a frame after its head."""
+        fixed, counted = {
+            1: (6, 4), 2: (4, None), 3: (5, None), 7: (14, 12), 8: (2, 0), 9: (4, None), 10: (24, None),
+            11: (16, None), 12: (18, 16), 13: (17, None), 14: (27, 25), 15: (27, 25),
+        }.get(kind, (0, None))  # fmt: skip
+        return fixed + (0 if counted is None else int.from_bytes(rest[counted : counted + 2], "little"))
+
+    def await_frame(self, kind: int, wanted: Callable[[bytes], bool] = lambda rest: True) -> bytes:
+        self.socket.settimeout(SOON)
+        return next(rest for came, rest in self.frames() if came == kind and wanted(rest))
 
     def frame(self, kind: int, to: int, cookie: int = 0, rest: bytes = b"") -> bytes:
         return struct.pack("<BBHII", kind, cookie, self.random.choice((0, 1, 65_535)), to, 7) + rest
@@ -254,3 +282,41 @@ def test_credits_that_are_not_kept_end_the_connection(
     with pytest.raises(PonyError):
         connection.recv(SOON)
     honest.check()
+
+
+def met_by_victim(host: Host, stranger: Stranger) -> tuple[Pony, Connection]:
+    victim = host.open()
+    victim.bind("victim")
+    stranger.send(stranger.open(7, b"victim"))
+    return victim, victim.accept(SOON)
+
+
+def test_what_is_left_of_a_large_message_does_not_hold_up_the_next(
+    hosts: tuple[Host, Host], met: tuple[Honest, Stranger]
+) -> None:
+    """It is done before all of it was sent: the receiver had the rest from an earlier time."""
+    _, stranger = met
+    victim, connection = met_by_victim(hosts[0], stranger)
+    for seq in range(3):
+        place = victim.place(1_000_000)
+        place.array()[:] = seq
+        sent = connection.begin_send_from(place)
+        stranger.await_frame(10, lambda rest, seq=seq: struct.unpack_from("<Q", rest) == (seq,))
+        stranger.send(stranger.frame(11, connection.number, 7, struct.pack("<QQ", seq, 0)))
+        stranger.await_frame(12, lambda rest, seq=seq: struct.unpack_from("<QQ", rest) == (seq, 0))
+        stranger.send(stranger.frame(13, connection.number, 7, struct.pack("<QBQ", seq, 0, place.size)))
+        assert sent.result(SOON) == place.size
+
+
+def test_credits_that_overtake_each_other_do_not_stop_the_sender(
+    hosts: tuple[Host, Host], met: tuple[Honest, Stranger]
+) -> None:
+    _, stranger = met
+    _, connection = met_by_victim(hosts[0], stranger)
+    for number in range(64):
+        connection.send(b"%d" % number)
+    before = hosts[0].flow("evil")["received"]
+    for taken in (64, 0):
+        stranger.send(stranger.frame(9, connection.number, 7, struct.pack("<I", taken)))
+    until(lambda: hosts[0].flow("evil")["received"] == before + 2, "both are there")
+    connection.send(b"more")

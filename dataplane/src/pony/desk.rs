@@ -4,11 +4,10 @@ use std::collections::HashMap;
 
 use super::bursts::{self, Each, Numbers};
 use super::command::{answer, Access, Burst, Head, Kind, Piece, Reader, Short, Single, Status, ANSWER, INLINE, NAME};
-use super::far::Far;
+use super::far::{Far, Way};
 use super::memory::{Place, Regions, Sink};
 use super::numbered::Numbered;
 use super::outbox::Outbox;
-use super::port::Port;
 use super::rows::{Connection, Name, ECHO, NOBODY, SMALL};
 use super::space::{Seen, Space};
 use super::transfers::{End, Transfers};
@@ -55,7 +54,7 @@ impl Desk {
     }
 
     /// What the state has; `port` is the way to other hosts. Raises `Schema`, `Damaged`, `Full`.
-    pub fn adopt(segment: &mut Segment, port: Option<Box<dyn Port + Send>>) -> Result<Desk> {
+    pub fn adopt(segment: &mut Segment, port: Option<Way>) -> Result<Desk> {
         let far = Far::adopt(segment, port)?;
         let frame: &Frame = segment;
         let names = Numbered::<Name>::adopt(frame)?;

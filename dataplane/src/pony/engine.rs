@@ -8,6 +8,7 @@ use super::desk::{Desk, Order};
 use super::far::wires::{Bells, Wires};
 use super::far::Far;
 use super::port::udp::Udp;
+use super::port::Port;
 use super::rows::SMALL;
 use super::words;
 use crate::engine::{Channel, Channels, Engine};

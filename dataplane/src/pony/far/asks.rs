@@ -149,10 +149,13 @@ pub struct View<'a> {
 }
 
 impl View<'_> {
-    /// Part number `next` of an operation, if it has so many.
-    pub fn part(&self, row: u32, next: u32) -> Option<Part> {
+    /// Part number `next` of an operation, if it has so many and this is still the attempt.
+    pub fn part(&self, row: u32, attempt: u32, next: u32) -> Option<Part> {
         let (ask, progress) = (self.asks.get(row)?, self.progress.get(&row)?);
-        let part = Part { id: ask.id, attempt: progress.attempt, part: next };
+        if progress.attempt != attempt {
+            return None;
+        }
+        let part = Part { id: ask.id, attempt, part: next };
         (u64::from(next) < progress.plan.parts).then_some(part)
     }
 
@@ -375,6 +378,12 @@ impl Desk {
         }
         self.far.end(ask.connection).asks.remove(&ask.id);
         let progress = self.far.progress.remove(&row);
+        if let (Some(progress), Some(own)) = (&progress, self.connections.get(ask.connection)) {
+            if let Some(line) = self.far.lines.get_mut(&own.link) {
+                progress.abandon(line, row);
+            }
+            self.far.rouse(own.link);
+        }
         let (status, value, bytes) = match (failed, progress) {
             (None, Some(progress)) => progress.result(),
             (status, _) => (status.unwrap_or(Status::Bad), 0, Vec::new()),
@@ -386,6 +395,17 @@ impl Desk {
 }
 
 impl Progress {
+    /// Parts that were asked for, and that nobody waits for any more, make room for others.
+    fn abandon(&self, line: &mut Line, row: u32) {
+        let answered = self.answered.count();
+        if answered == self.plan.parts {
+            return;
+        }
+        let left = line.asking.iter().find(|asking| (asking.0, asking.1) == (row, self.attempt));
+        let asked = left.map_or(self.plan.parts, |(_, _, next)| u64::from(*next));
+        line.asked = line.asked.saturating_sub(asked.saturating_sub(answered) as u32);
+    }
+
     /// Put the bytes of a part where they belong. False when they do not fit.
     fn take(&mut self, space: &Space, channel: u64, part: u64, bytes: &[u8]) -> bool {
         if bytes.is_empty() {
@@ -462,7 +482,7 @@ impl Far {
             value: 0,
             inline: Vec::new(),
         };
-        line.asking.push_back((row, 0));
+        line.asking.push_back((row, self.attempts, 0));
         self.progress.insert(row, progress);
         self.rouse(link);
     }

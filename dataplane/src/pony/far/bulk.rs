@@ -49,8 +49,8 @@ impl Desk {
         }
         let end = self.far.end(number);
         if let Some(import) = end.imports.get(&seq) {
-            let at = import.came.floor();
-            self.far.answer(own.link, Item::Grant { connection: number, seq, at });
+            let id = import.id;
+            self.far.answer(own.link, Item::Grant { connection: number, seq, id });
             return Ok(());
         }
         if end.finished.len() >= FINISHED {
@@ -66,6 +66,7 @@ impl Desk {
     pub(in crate::pony) fn match_places(&mut self, segment: &mut Segment, number: u32) -> Result<()> {
         loop {
             let Some(own) = self.connections.get(number).copied() else { return Ok(()) };
+            let id = self.far.next_id();
             let end = self.far.ends.entry(number).or_default();
             if end.imports.len() >= IMPORTS {
                 return Ok(());
@@ -77,8 +78,8 @@ impl Desk {
             let Some(len) = end.offers.get(&seq).copied() else { return Ok(()) };
             if own.channel == ECHO {
                 end.offers.remove(&seq);
-                end.imports.insert(seq, Import { len, place: 0, came: Ranges::default() });
-                self.far.queue(own.link, Item::Grant { connection: number, seq, at: 0 });
+                end.imports.insert(seq, Import { len, place: 0, came: Ranges::default(), id });
+                self.far.queue(own.link, Item::Grant { connection: number, seq, id });
                 self.finish_import(segment, number, seq)?;
                 continue;
             }
@@ -89,8 +90,8 @@ impl Desk {
                 self.end_import(segment, number, seq, Status::TooLong, place.piece.len)?;
                 continue;
             }
-            end.imports.insert(seq, Import { len, place: row, came: Ranges::from(place.done) });
-            self.far.queue(own.link, Item::Grant { connection: number, seq, at: place.done });
+            end.imports.insert(seq, Import { len, place: row, came: Ranges::from(place.done), id });
+            self.far.queue(own.link, Item::Grant { connection: number, seq, id });
             self.finish_import(segment, number, seq)?;
         }
     }
@@ -119,19 +120,22 @@ impl Desk {
         }
         let seq = own.large;
         self.connections.update(segment, number, |own| own.large += 1)?;
-        let export = Export { owner: own.channel, connection: number, stream: head.stream, seq, tag: order.tag, piece };
+        let id = self.far.next_id();
+        let (owner, stream, tag) = (own.channel, head.stream, order.tag);
+        let export = Export { owner, connection: number, stream, seq, tag, piece, id };
         let row = self.far.exports.insert(segment, export)?;
         self.far.end(number).exports.insert(seq, row);
-        self.far.queue(own.link, Item::Offer { row, seq });
+        self.far.queue(own.link, Item::Offer { row, id });
         Ok(Ok(None))
     }
 
     pub(super) fn granted(&mut self, link: u32, number: u32, seq: u64, at: u64) {
         let Some(row) = self.far.end(number).exports.get(&seq).copied() else { return };
         let Some(line) = self.far.lines.get_mut(&link) else { return };
-        let left = self.far.exports.get(row).is_some_and(|export| at < export.piece.len);
-        if left && line.bulk.iter().all(|(other, _)| *other != row) {
-            line.bulk.push_back((row, at));
+        let Some(export) = self.far.exports.get(row).filter(|export| at < export.piece.len) else { return };
+        // What is left of an earlier message in that row is another's.
+        if line.bulk.iter().all(|(other, id, _)| (*other, *id) != (row, export.id)) {
+            line.bulk.push_back((row, export.id, at));
         }
         self.far.rouse(link);
     }

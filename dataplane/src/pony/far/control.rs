@@ -11,7 +11,8 @@ use super::rows::{Attached, HOST};
 use super::wires::{Given, Plug};
 use crate::pony::command::Status;
 use crate::pony::desk::Desk;
-use crate::pony::flow::{Algorithm, Version};
+use crate::pony::flow::{Algorithm, Nanos, Version, MICROSECOND, MILLISECOND};
+use crate::pony::port::faulty::Faults;
 use crate::state::{Result, Segment, StateError};
 
 #[derive(Deserialize)]
@@ -37,8 +38,38 @@ enum Request {
     Detach {
         host: String,
     },
+    Faults(Bad),
     Flows,
     Regions,
+}
+
+/// A bad network, for tests and measurements: chances for each packet that goes out, and times. Nothing: none.
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Bad {
+    seed: u64,
+    loss: f64,
+    duplicate: f64,
+    corrupt: f64,
+    reorder: f64,
+    lateness_us: u32,
+    stall_every_ms: u32,
+    stall_ms: u32,
+}
+
+impl From<&Bad> for Faults {
+    fn from(bad: &Bad) -> Faults {
+        Faults {
+            loss: bad.loss,
+            duplicate: bad.duplicate,
+            corrupt: bad.corrupt,
+            reorder: bad.reorder,
+            lateness: Nanos::from(bad.lateness_us) * MICROSECOND,
+            stall_every: Nanos::from(bad.stall_every_ms) * MILLISECOND,
+            stall: Nanos::from(bad.stall_ms) * MILLISECOND,
+            ..Faults::default()
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -101,6 +132,12 @@ impl Desk {
                 json!({})
             }
             Request::Detach { host } => self.detach(segment, &host)?,
+            Request::Faults(bad) => {
+                if let Some(port) = &mut self.far.port {
+                    port.set(Faults::from(&bad), bad.seed);
+                }
+                json!({})
+            }
             Request::Flows => self.flows(),
             Request::Regions => self.regions(),
         };
@@ -122,10 +159,14 @@ impl Desk {
 
     fn attach(&mut self, segment: &mut Segment, host: &str, attached: Attached, plug: Option<Plug>) -> Result<Value> {
         let link = *self.far.by_host.get(host.as_bytes()).ok_or_else(|| usage(format!("{host}: reserve first")))?;
+        let before = self.far.links.get(link).and_then(|row| row.attached);
         self.far.links.update(segment, link, |row| {
             row.salt = row.salt.wrapping_add(1);
             row.attached = Some(attached);
         })?;
+        if before.is_some_and(|before| before.room() != attached.room()) {
+            self.cut_anew(segment, link)?;
+        }
         self.far.refusals.remove(&link);
         self.far.wires.take(link);
         if let Some(plug) = plug {

@@ -27,9 +27,9 @@ pub enum Item {
     Credit(u32),
     Message { row: u32, id: u64, piece: u32 },
     Datagram { slot: u32 },
-    Offer { row: u32, seq: u64 },
-    Grant { connection: u32, seq: u64, at: u64 },
-    Piece { row: u32, seq: u64, offset: u64, len: u32 },
+    Offer { row: u32, id: u64 },
+    Grant { connection: u32, seq: u64, id: u64 },
+    Piece { row: u32, id: u64, offset: u64, len: u32 },
     Finish { ends: Ends, seq: u64, status: u8, value: u64 },
     Request { row: u32, part: Part },
     Reply { slot: u32 },
@@ -94,10 +94,10 @@ pub struct Line {
     pub attached: Attached,
     pub seal: Option<Seal>,
     pub control: VecDeque<Item>,
-    /// Large messages that the peer has a place for: row, next byte.
-    pub bulk: VecDeque<(u32, u64)>,
-    /// Operations with parts that were not asked for yet: row, next part.
-    pub asking: VecDeque<(u32, u32)>,
+    /// Large messages that the peer has a place for: row, id, next byte.
+    pub bulk: VecDeque<(u32, u64, u64)>,
+    /// Operations with parts that were not asked for yet: row, attempt, next part.
+    pub asking: VecDeque<(u32, u32, u32)>,
     /// Parts that were asked for, and are not here.
     pub asked: u32,
     pub packets: Slab<Packet>,
@@ -156,8 +156,7 @@ impl Line {
 
     /// Bytes for frames in a packet.
     pub fn room(&self) -> usize {
-        let tag = if self.seal.is_some() { super::seal::TAG } else { 0 };
-        usize::from(self.attached.mtu) - self.attached.version.header() - tag
+        self.attached.room()
     }
 
     /// Bytes of a message in one packet, of a reply, of a request.

@@ -30,6 +30,7 @@ use self::rows::{Ask, Blob, Ending, Export, Held, Link, Sending, Stream};
 use self::wires::Wires;
 use super::flow::{Nanos, Wheel};
 use super::numbered::Numbered;
+use super::port::faulty::{Faults, Faulty};
 use super::port::{Burst, Port};
 use crate::state::{Frame, ObjectSpec, Result, Segment};
 use crate::stats::monotonic_ns;
@@ -51,12 +52,17 @@ const QUEUED: usize = 65_536;
 /// The part of an ending that is a large message's, whose number it has instead of an operation's.
 const LARGE: u32 = u32::MAX;
 
+/// The way to other hosts, behind which the network can be made a bad one.
+pub type Way = Faulty<Box<dyn Port + Send>, fn() -> Nanos>;
+
 /// What is known of one end of a connection to another host, besides its row.
 #[derive(Default)]
 struct End {
     /// Messages that were sent, and that the peer's application took, modulo 2^32; None: it has not said yet.
     sent: u32,
     credit: Option<u32>,
+    /// Whether the peer said it to this engine, which else has guessed.
+    heard: bool,
     /// Messages that came, and what the peer was last told of those taken.
     came: u32,
     told: u32,
@@ -92,6 +98,8 @@ struct Import {
     /// Where it goes: a posted place's row; 0: nowhere.
     place: u32,
     came: Ranges,
+    /// Tells it from a later one of the same connection and number.
+    id: u64,
 }
 
 #[derive(Default)]
@@ -119,7 +127,7 @@ pub struct Far {
     cookie: u32,
     epoch: u32,
     id: u64,
-    port: Option<Box<dyn Port + Send>>,
+    port: Option<Way>,
     pub wires: Wires,
     wheel: Option<Wheel>,
     due: Vec<u32>,
@@ -157,7 +165,7 @@ impl Far {
     }
 
     /// What the state has; links begin a new epoch. Raises `Schema`, `Damaged`, `Full`.
-    pub fn adopt(segment: &mut Segment, port: Option<Box<dyn Port + Send>>) -> Result<Far> {
+    pub fn adopt(segment: &mut Segment, port: Option<Way>) -> Result<Far> {
         let frame: &Frame = segment;
         let mut far = Far {
             links: Numbered::adopt(frame)?,
@@ -180,7 +188,9 @@ impl Far {
         }
         far.epoch = far.links.iter().map(|(_, link)| link.epoch).max().unwrap_or(0) + 1;
         far.id = line::first(far.epoch);
-        far.cookie = far.epoch << 20;
+        // Frames tell the last byte of it: the first ones of an epoch must differ from the first ones of those before, for what
+        // is late may speak of these.
+        far.cookie = far.epoch << 20 | (far.epoch.wrapping_mul(97) & 0xff);
         far.attempts = far.epoch << 20;
         let numbers: Vec<u32> = far.links.iter().map(|(number, _)| number).collect();
         for number in numbers {
@@ -191,15 +201,15 @@ impl Far {
     }
 
     pub fn with(port: Box<dyn Port + Send>) -> Far {
-        Far { port: Some(port), ..Far::default() }
+        Far { port: Some(Faulty::new(port, Faults::default(), 0, monotonic_ns)), ..Far::default() }
     }
 
-    pub fn take_port(&mut self) -> Option<Box<dyn Port + Send>> {
+    pub fn take_port(&mut self) -> Option<Way> {
         self.port.take()
     }
 
-    pub fn port(&self) -> Option<&(dyn Port + Send)> {
-        self.port.as_deref()
+    pub fn port(&self) -> Option<&Way> {
+        self.port.as_ref()
     }
 
     /// Numbers of operations: none is used twice, not even after a crash.
@@ -253,7 +263,9 @@ impl Far {
         if !self.port.as_mut().is_none_or(|port| port.arm()) || !self.wires.arm() {
             return None;
         }
-        let next = self.wheel.as_ref().and_then(Wheel::next).unwrap_or(Nanos::MAX);
+        let timer = self.wheel.as_ref().and_then(Wheel::next);
+        let late = self.port.as_ref().and_then(Faulty::due);
+        let next = timer.into_iter().chain(late).min().unwrap_or(Nanos::MAX);
         self.slept_at = now;
         (next > now).then_some(next)
     }

@@ -18,6 +18,11 @@ impl Ranges {
         self.floor
     }
 
+    /// How many bytes are there.
+    pub fn count(&self) -> u64 {
+        self.floor + self.beyond.iter().map(|range| range.1 - range.0).sum::<u64>()
+    }
+
     /// How many pieces are apart from the rest.
     pub fn holes(&self) -> usize {
         self.beyond.len()
@@ -66,6 +71,7 @@ mod tests {
                 there[start as usize..(start + len) as usize].fill(true);
                 let floor = there.iter().position(|there| !there).unwrap_or(200);
                 prop_assert_eq!(ranges.floor(), floor as u64);
+                prop_assert_eq!(ranges.count(), there.iter().filter(|there| **there).count() as u64);
                 for range in &ranges.beyond {
                     prop_assert!(there[range.0 as usize..range.1 as usize].iter().all(|there| *there));
                     prop_assert!(range.0 > ranges.floor && !there[range.1 as usize]);

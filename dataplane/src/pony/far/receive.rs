@@ -330,7 +330,11 @@ impl Desk {
                 Ok(())
             }
             Frame::Credit { taken } => {
-                self.far.end(ends.to).credit = Some(taken);
+                let end = self.far.end(ends.to);
+                // What was said earlier may come later.
+                if !end.heard || end.credit.is_none_or(|credit| taken.wrapping_sub(credit) as i32 > 0) {
+                    (end.credit, end.heard) = (Some(taken), true);
+                }
                 Ok(())
             }
             Frame::Offer { seq, floor, len } => self.offered(segment, ends, seq, floor, len),

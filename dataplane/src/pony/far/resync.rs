@@ -2,9 +2,12 @@
 //! forgot what it had heard.
 
 use super::line::{Item, Line};
+use super::rows::Ask;
 use super::{Far, Import};
+use crate::pony::command::Kind;
 use crate::pony::desk::Desk;
 use crate::pony::rows::Connection;
+use crate::state::{Result, Segment};
 
 impl Desk {
     /// Links as the state has them, after a crash, an upgrade, or at a beginning.
@@ -42,6 +45,25 @@ impl Desk {
                 self.resync(link);
             }
         }
+    }
+
+    /// Packets have another size: writes are cut into other parts, which the peer must not take for those that it has seen. What
+    /// was written of one that is under way is written once more.
+    pub(super) fn cut_anew(&mut self, segment: &mut Segment, link: u32) -> Result<()> {
+        let connections = &self.connections;
+        let ours = |ask: &Ask| connections.get(ask.connection).is_some_and(|own| own.link == link);
+        let writes = |ask: &Ask| [Kind::Write as u8, Kind::Writes as u8].contains(&ask.kind);
+        let found = self.far.asks.iter().filter(|(_, ask)| writes(ask) && ours(ask));
+        let mut rows: Vec<(u64, u32, u32)> = found.map(|(row, ask)| (ask.id, row, ask.connection)).collect();
+        rows.sort_unstable();
+        for (old, row, connection) in rows {
+            let id = self.far.next_id();
+            self.far.asks.update(segment, row, |ask| ask.id = id)?;
+            let asks = &mut self.far.end(connection).asks;
+            asks.remove(&old);
+            asks.insert(id, row);
+        }
+        Ok(())
     }
 
     /// The peer of a link knows nothing any more of what it did not put into its state.
@@ -105,10 +127,11 @@ impl Far {
         for import in end.imports.values_mut() {
             import.came = super::ranges::Ranges::from(import.came.floor());
         }
-        let exports: Vec<(u64, u32)> = end.exports.iter().map(|(seq, row)| (*seq, *row)).collect();
+        let exports: Vec<u32> = end.exports.values().copied().collect();
         let asks: Vec<u32> = end.asks.values().copied().collect();
-        for (seq, row) in exports {
-            self.queue(own.link, Item::Offer { row, seq });
+        for row in exports {
+            let id = self.exports.get(row).map_or(0, |export| export.id);
+            self.queue(own.link, Item::Offer { row, id });
         }
         for row in asks {
             self.start(own.link, row);

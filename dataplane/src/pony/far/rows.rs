@@ -28,6 +28,14 @@ pub struct Attached {
     pub wired: bool,
 }
 
+impl Attached {
+    /// Bytes for frames in a packet.
+    pub fn room(&self) -> usize {
+        let tag = if self.keys.is_some() { super::seal::TAG } else { 0 };
+        usize::from(self.mtu) - self.version.header() - tag
+    }
+}
+
 /// Another host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Link {
@@ -73,6 +81,8 @@ pub struct Export {
     pub seq: u64,
     pub tag: u64,
     pub piece: Piece,
+    /// Tells it from a later one in the same row. Not in the state, for packets under way are not either.
+    pub id: u64,
 }
 
 /// An operation on another host's memory that is under way.
@@ -252,6 +262,7 @@ impl Row for Export {
             seq: word(row, 8)?,
             tag: word(row, 16)?,
             piece: Piece { offset: word(row, 24)?, len: word(row, 32)? },
+            id: 0,
         })
     }
 

@@ -221,15 +221,15 @@ impl View<'_> {
             }
         }
         while line.asked < PARTS {
-            let Some((row, next)) = line.asking.pop_front() else { break };
-            let Some(part) = self.asks.part(row, next) else { continue };
+            let Some((row, attempt, next)) = line.asking.pop_front() else { break };
+            let Some(part) = self.asks.part(row, attempt, next) else { continue };
             let item = Item::Request { row, part };
             let before = writer.len();
             if !self.encode(line, item, writer) {
-                line.asking.push_front((row, next));
+                line.asking.push_front((row, attempt, next));
                 break;
             }
-            line.asking.push_front((row, next + 1));
+            line.asking.push_front((row, attempt, next + 1));
             if writer.len() > before {
                 line.asked += 1;
                 items.push(item);
@@ -241,20 +241,20 @@ impl View<'_> {
     }
 
     fn gather_bulk(&self, line: &mut Line, writer: &mut Writer<'_>, items: &mut Vec<Item>) {
-        while let Some((row, offset)) = line.bulk.pop_front() {
-            let Some(export) = self.exports.get(row) else { continue };
+        while let Some((row, id, offset)) = line.bulk.pop_front() {
+            let Some(export) = self.exports.get(row).filter(|export| export.id == id) else { continue };
             let left = export.piece.len.saturating_sub(offset);
             let room = writer.room().saturating_sub(frame::PIECE) as u64;
             if room < left.min(LEAST_PIECE as u64) || writer.room() < frame::PIECE {
-                line.bulk.push_front((row, offset));
+                line.bulk.push_front((row, id, offset));
                 return;
             }
             let len = left.min(room) as u32;
-            let item = Item::Piece { row, seq: export.seq, offset, len };
+            let item = Item::Piece { row, id, offset, len };
             self.encode(line, item, writer);
             items.push(item);
             if left > u64::from(len) {
-                line.bulk.push_back((row, offset + u64::from(len)));
+                line.bulk.push_back((row, id, offset + u64::from(len)));
             }
         }
     }
@@ -303,7 +303,7 @@ impl View<'_> {
             }
             Item::Request { row, part } => return self.asks.encode(row, part, self, writer),
             Item::Reply { slot } => return answers::reply(line.slots.get(slot), self, writer),
-            Item::Piece { row, seq, offset, len } => return self.piece(row, seq, offset, len as usize, writer),
+            Item::Piece { row, id, offset, len } => return self.piece(row, id, offset, len as usize, writer),
             _ if room < frame::SHORT => return Some(false),
             Item::Accept(connection) => {
                 let cookie = self.connections.get(connection)?.cookie;
@@ -320,21 +320,24 @@ impl View<'_> {
                 let taken = self.ends.get(&connection)?.told;
                 (self.ends(connection)?, Frame::Credit { taken })
             }
-            Item::Offer { row, seq } => {
-                let export = self.exports.get(row).filter(|export| export.seq == seq)?;
+            Item::Offer { row, id } => {
+                let export = self.exports.get(row).filter(|export| export.id == id)?;
                 let floor = *self.ends.get(&export.connection)?.exports.first_key_value()?.0;
                 let ends = Ends { stream: export.stream, ..self.ends(export.connection)? };
-                (ends, Frame::Offer { seq, floor, len: export.piece.len })
+                (ends, Frame::Offer { seq: export.seq, floor, len: export.piece.len })
             }
-            Item::Grant { connection, seq, at } => (self.ends(connection)?, Frame::Grant { seq, at }),
+            Item::Grant { connection, seq, id } => {
+                let import = self.ends.get(&connection)?.imports.get(&seq).filter(|import| import.id == id)?;
+                (self.ends(connection)?, Frame::Grant { seq, at: import.came.floor() })
+            }
             Item::Finish { ends, seq, status, value } => (ends, Frame::Finish { seq, status, value }),
         };
         writer.frame(ends, &frame);
         Some(true)
     }
 
-    fn piece(&self, row: u32, seq: u64, offset: u64, len: usize, writer: &mut Writer<'_>) -> Option<bool> {
-        let export = self.exports.get(row).filter(|export| export.seq == seq)?;
+    fn piece(&self, row: u32, id: u64, offset: u64, len: usize, writer: &mut Writer<'_>) -> Option<bool> {
+        let export = self.exports.get(row).filter(|export| export.id == id)?;
         let own = self.connections.get(export.connection)?;
         let piece = Piece { offset: export.piece.offset + offset, len: len as u64 };
         let (core, range) = self.space.range(own.channel, piece).ok()?;
@@ -342,7 +345,7 @@ impl View<'_> {
         if writer.room() < frame::PIECE + len {
             return Some(false);
         }
-        writer.piece(ends, seq, offset, len);
+        writer.piece(ends, export.seq, offset, len);
         core.arena()?.read(range.start, writer.take(len));
         Some(true)
     }

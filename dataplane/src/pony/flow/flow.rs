@@ -284,7 +284,9 @@ impl Flow {
     /// When timers want `poll`, whatever there is to send.
     pub fn deadline(&self) -> Option<Nanos> {
         let ack = (self.unacked > 0).then_some(self.unacked_since + ACK_DELAY);
-        [self.silence_due(), ack, self.loss_due].into_iter().flatten().min()
+        // Of lost packets nobody else speaks when they are all that there is.
+        let lost = (self.flight.flying == 0 && !self.flight.idle()).then_some(self.next_send);
+        [self.silence_due(), ack, self.loss_due, lost].into_iter().flatten().min()
     }
 
     /// When a packet may go out, if one is held back by pacing.
@@ -452,5 +454,23 @@ impl Flow {
             return 0;
         }
         now.saturating_sub(self.progress_at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lost_packet_that_must_keep_its_distance_is_not_forgotten() {
+        let (version, algorithm) = (Version::Two, Algorithm::Swift);
+        let mut flow = Flow::new(Settings { version, algorithm, remote: 1, epoch: 1, first: 1 << 36 });
+        flow.header(MILLISECOND, 7, 1);
+        // As when an acknowledgement tells of the loss, and packets are far apart.
+        flow.flight.lose_all();
+        flow.next_send = 9 * MILLISECOND;
+        assert_eq!(flow.poll(2 * MILLISECOND), Send::Nothing);
+        assert_eq!(flow.deadline(), Some(9 * MILLISECOND));
+        assert_eq!(flow.poll(9 * MILLISECOND), Send::Again(7));
     }
 }
