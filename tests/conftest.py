@@ -34,6 +34,10 @@ _GETPID = 11
 _KINDS = ("socket:", "pipe:", "anon_inode:", "/memfd:", "/dev/shm/")
 _OUTCOME: pytest.StashKey[bool] = pytest.StashKey()
 
+# A shell that runs the tests in its background has SIGINT ignored, which processes of the tests would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 OWNER_MAY_ALL = """\
 version = 1
 [[allow]]
