@@ -47,6 +47,7 @@ pub struct Segments {
     pub pools: [(OwnedFd, usize); 2],
     pub gate: OwnedFd,
     pub bells: [Bell; 2],
+    pub arena: Option<(OwnedFd, usize)>,
     /// The kernel's own mapping, which is as good as a hostile client's.
     pub map: Mapping,
 }
@@ -64,8 +65,13 @@ impl Segments {
             pools: [(memfd(up.max(1)), up), (memfd(down.max(1)), down)],
             gate,
             bells: [Bell::new().expect("eventfd"), Bell::new().expect("eventfd")],
+            arena: None,
             map,
         }
+    }
+
+    pub fn with_arena(self, bytes: usize) -> Segments {
+        Segments { arena: Some((memfd(bytes), bytes)), ..self }
     }
 
     pub fn open(&self, role: Role, rights: u8) -> Result<End> {
@@ -78,7 +84,7 @@ impl Segments {
             generation: GENERATION,
             rights,
             gate: (role == Role::Server).then(|| (self.gate.as_fd(), 0)),
-            arena: None,
+            arena: self.arena.as_ref().map(|(fd, bytes)| (fd.as_fd(), *bytes)),
         };
         let (core, tx, rx) = channel::open(&grant)?;
         Ok(End { core, tx, rx })
