@@ -206,7 +206,7 @@ def _transfer(stage: Stage, client: Client, tree: Plan, runtime_dir: Path, event
             on_bytes(sender.bytes)
 
         acts = script.relay(runtime_dir, newer)
-        play = script.Script([(event, acts[event]) for event in events], mark)
+        play = script.Script([runtime_dir], [(event, acts[event]) for event in events], mark)
         sender = Sender(channel, tree, lambda: not play.over, on_wait)
         stack.callback(play.stop)
         play.start()

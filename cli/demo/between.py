@@ -73,7 +73,7 @@ def copy(site: Site, tree: Plan, written: Path, say: Callable[[str], None]) -> C
             play.check()
 
         outlet = Outlet(pony, connection)
-        play = Script(events(site), mark)
+        play = Script(site.runtimes, events(site), mark)
         sender = Sender(outlet, tree, play.is_alive, on_wait)
         stack.callback(play.stop)
         play.start()

@@ -7,8 +7,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,8 +79,16 @@ class Script(threading.Thread):
     `playing` says what it is at. Leave it by `stop()`, which returns soon, whatever it waits for.
     """
 
-    def __init__(self, events: Sequence[tuple[str, Act]], mark: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        runtimes: Sequence[Path],
+        events: Sequence[tuple[str, Act]],
+        mark: Callable[[str], None],
+    ) -> None:
+        """`runtimes`: the runtime directories of the kernels that are asked."""
         super().__init__(name="script")
+        self._runtimes = runtimes
+        self.controls: dict[Path, ControlClient] = {}
         self._events = events
         self._mark = mark
         self._stopping = threading.Event()
@@ -103,19 +111,26 @@ class Script(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._say("")
-            for event, act in self._events:
-                self._pause(QUIET_SECONDS)
-                self._say(event)
-                self.happened.append(act(self, event))
-                self._pause(AFTER_SECONDS)
-                self._say("")
-            if self._events:
-                self._pause(QUIET_SECONDS)
+            with ExitStack() as stack:
+                for runtime in self._runtimes:
+                    control = ControlClient(runtime, timeout=ASK_SECONDS)
+                    self.controls[runtime] = stack.enter_context(control)
+                self._play()
         except _Stopped:
             pass
         except BaseException as error:
             self._error = error
+
+    def _play(self) -> None:
+        self._say("")
+        for event, act in self._events:
+            self._pause(QUIET_SECONDS)
+            self._say(event)
+            self.happened.append(act(self, event))
+            self._pause(AFTER_SECONDS)
+            self._say("")
+        if self._events:
+            self._pause(QUIET_SECONDS)
 
     def _say(self, event: str) -> None:
         self.playing = event
@@ -154,45 +169,45 @@ class Victim:
     """Where its next version is; none: the one that runs, once more."""
 
     def upgrade(self, script: Script, event: str) -> Happened:
-        with self._ask() as ask:
-            source = None if self.newer is None else str(self.newer)
-            view = ask.control.call(
-                "module.upgrade",
-                name=self.module,
-                source=source,
-                bake=BAKE_SECONDS,
-                rollback=True,
-                wait=False,
-            )
-            return self._moved(script, event, ask, view)
+        ask = self._ask(script)
+        source = None if self.newer is None else str(self.newer)
+        view = ask.control.call(
+            "module.upgrade",
+            name=self.module,
+            source=source,
+            bake=BAKE_SECONDS,
+            rollback=True,
+            wait=False,
+        )
+        return self._moved(script, event, ask, view)
 
     def roll_back(self, script: Script, event: str) -> Happened:
-        with self._ask() as ask:
-            view = ask.control.call("module.rollback", name=self.module, wait=False)
-            return self._moved(script, event, ask, view)
+        ask = self._ask(script)
+        view = ask.control.call("module.rollback", name=self.module, wait=False)
+        return self._moved(script, event, ask, view)
 
     def kill(self, script: Script, event: str) -> Happened:
-        with self._ask() as ask:
-            before = ask.show()
-            assert before.pid is not None, "it serves"
-            killed_ns = time.monotonic_ns()
-            os.kill(before.pid, signal.SIGKILL)
-            after = script.until(
-                ask.show,
-                lambda view: view.state == "ready" and view.pid not in (None, before.pid),
-                "the killed module serves again",
-            )
-            return Happened(
-                event,
-                f"pid {before.pid} → {after.pid}, generation {before.generation} → {after.generation}",
-                ask.first_poll_ns(after.generation) - killed_ns,
-            )
+        ask = self._ask(script)
+        before = ask.show()
+        assert before.pid is not None, "it serves"
+        killed_ns = time.monotonic_ns()
+        os.kill(before.pid, signal.SIGKILL)
+        after = script.until(
+            ask.show,
+            lambda view: view.state == "ready" and view.pid not in (None, before.pid),
+            "the killed module serves again",
+        )
+        return Happened(
+            event,
+            f"pid {before.pid} → {after.pid}, generation {before.generation} → {after.generation}",
+            ask.first_poll_ns(after.generation) - killed_ns,
+        )
 
     def kill_kernel(self, script: Script, event: str) -> Happened:
-        with self._ask() as ask:
-            before = ask.kernel()
-            os.kill(before.pid, signal.SIGKILL)
-            after = script.until(ask.kernel, lambda view: view.pid != before.pid, "another kernel answers")
+        ask = self._ask(script)
+        before = ask.kernel()
+        os.kill(before.pid, signal.SIGKILL)
+        after = script.until(ask.kernel, lambda view: view.pid != before.pid, "another kernel answers")
         if (was := _runs(before)) != (now := _runs(after)):
             raise ipc.SnapError(f"before the kernel's death ran {was}, after it {now}")
         return Happened(event, f"pid {before.pid} → {after.pid}, the same modules run on")
@@ -212,10 +227,8 @@ class Victim:
             view.client_gap_ns,
         )
 
-    @contextmanager
-    def _ask(self) -> Iterator[_Ask]:
-        with ControlClient(self.runtime_dir, timeout=ASK_SECONDS) as control:
-            yield _Ask(control, self.module)
+    def _ask(self, script: Script) -> _Ask:
+        return _Ask(script.controls[self.runtime_dir], self.module)
 
 
 @dataclass(frozen=True)
