@@ -29,7 +29,10 @@ test: test-rust test-python ## everything: Rust unit, property and loom tests, t
 test-python: $(VENV)/installed-test ## pytest alone (ARGS="-k ring -x")
 	$(BIN)/python -m pytest $(ARGS)
 
-# Without its default feature the crate is pure Rust, and its tests link to no Python.
+# Without its default feature the crate is pure Rust, and its tests link to no Python. Each of its test programs would take
+# long to link as the extension is linked, for nothing.
+test-rust: export CARGO_PROFILE_RELEASE_LTO := off
+test-rust: export CARGO_PROFILE_RELEASE_CODEGEN_UNITS := 16
 test-rust: $(VENV)/ready ## the crate's tests, then the rings under loom's model checker
 	cargo test --release --quiet $(CRATE) --no-default-features
 	RUSTFLAGS="--cfg loom" cargo test --release --quiet $(CRATE) --no-default-features --target-dir dataplane/target/loom --test 'loom_*'
